@@ -1,0 +1,1 @@
+"""How the user starts everything: the command `vitscale`, recipes and launchers."""

@@ -1,0 +1,347 @@
+"""The command `vitscale`. Thin: each stage checks its arguments and calls the pipeline.
+
+Only typer is imported here; the rest when a stage runs, so that `vitscale --help` answers at once.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from vitscale.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="From a pile of images to a trained, checked and exported Vision Transformer.",
+)
+recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: those that ship, what they resolve to, how they differ.")
+app.add_typer(recipe_app, name="recipe")
+
+
+def settings_of(stage: str) -> Any:
+    """Default settings of a stage as a dataclass."""
+    if stage == "shard":
+        from vitscale.data_prep.shard import ShardConfig
+
+        return ShardConfig()
+    from vitscale.pipeline.config import Config
+
+    return Config()
+
+
+class SettingsCommand(TyperCommand):
+    """A command that takes SETTING=VALUE arguments: `--help` also lists every setting with its default."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from vitscale.pipeline.config import flatten, to_dict
+
+        print("Settings, as SETTING=VALUE, with their defaults:\n")
+        for key, value in flatten(to_dict(settings_of(str(ctx.info_name)))).items():
+            print(f"  {key}={'null' if value is None else value}")
+        print()
+
+
+def stage(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors into one paragraph and an exit code: 2 for the user's, 1 for ours, 130 for Ctrl-C."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from vitscale.launch.local import report_failure
+
+        try:
+            function(*args, **kwargs)
+        except UserError as error:
+            if kwargs["debug"]:
+                raise
+            report_failure(f"error: {error}")
+            _exit(2)
+        except KeyboardInterrupt:
+            report_failure("interrupted; run the same command again to go on")
+            _exit(130)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if kwargs["debug"]:
+                raise
+            said = " ".join(str(error).split())
+            report_failure(f"internal error: {type(error).__name__}: {said}. `--debug` shows where.")
+            _exit(1)
+
+    return wrapped
+
+
+def _exit(code: int) -> None:
+    """Leave at once where other ranks may be waiting: a rank that failed must not wait for them in its turn."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        os._exit(code)
+    raise typer.Exit(code)
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Nproc = Annotated[int, typer.Option("--nproc", help="Processes on this machine; ignored under torchrun or srun.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE]...", help="Settings to change.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
+
+
+@app.command(cls=SettingsCommand)
+@stage
+def shard(
+    source: Annotated[str, typer.Argument(help="Folder of class folders, or Parquet with embedded bytes.")],
+    out: Annotated[str, typer.Argument(help="New folder for the shards.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Turn images into webdataset shards, every image checked by a full decode.
+
+    Example: `vitscale shard photos/train shards/train split=train`
+    """
+    from vitscale.data_prep.shard import ShardConfig
+    from vitscale.data_prep.shard import shard as run
+    from vitscale.pipeline.config import compose_overrides
+    from vitscale.pipeline.console import progress, say
+
+    config = compose_overrides(ShardConfig, overrides or [])
+    with progress("sharding") as advance:
+        result = run(source, out, config, lambda step, done, total: advance(done, total, step))
+    say(str(result))
+
+
+@app.command()
+@stage
+def verify(
+    dataset: Annotated[str, typer.Argument(help="Folder that `vitscale shard` wrote.")],
+    debug: Debug = False,
+) -> None:
+    """Check a dataset: checksums, members, labels, and every image by a full decode.
+
+    Example: `vitscale verify shards/train`
+    """
+    from vitscale.data_prep.verify import verify as run
+    from vitscale.pipeline.console import progress, say
+
+    with progress("verifying") as advance:
+        report = run(dataset, lambda step, done, total: advance(done, total, step))
+    for problem in report.problems[:20]:
+        say(problem)
+    say(str(report))
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@app.command(cls=SettingsCommand)
+@stage
+def pretrain(recipe: Recipe, overrides: Overrides = None, nproc: Nproc = 1, debug: Debug = False) -> None:
+    """Train from random weights; run again, it goes on from the last checkpoint.
+
+    Example: `vitscale pretrain digits-demo data.train=shards/train run.dir=runs/a --nproc 2`
+    """
+    _train("pretrain", recipe, overrides or [], nproc)
+
+
+@app.command(cls=SettingsCommand)
+@stage
+def finetune(recipe: Recipe, overrides: Overrides = None, nproc: Nproc = 1, debug: Debug = False) -> None:
+    """Train from a checkpoint or an export, at any resolution and for any classes.
+
+    Example: `vitscale finetune digits-demo-finetune init_from=runs/a data.train=shards/train run.dir=runs/b`
+    """
+    _train("finetune", recipe, overrides or [], nproc)
+
+
+def _train(name: str, recipe: str, overrides: list[str], nproc: int) -> None:
+    from vitscale.pipeline.config import load_recipe
+
+    config = load_recipe(recipe, overrides, RECIPES)
+    if name == "finetune" and not config.init_from:
+        raise UserError(
+            "init_from", "nothing", "a run, a checkpoint or an export", "Add init_from=PATH to the command."
+        )
+    if name == "pretrain" and config.init_from:
+        raise UserError("init_from", config.init_from, "nothing in pretraining", "Use `vitscale finetune`.")
+
+    def work(world: Any) -> None:
+        from vitscale.pipeline.planner import plan
+        from vitscale.pipeline.train import train
+
+        train(plan(config, world.size), world)
+
+    def check() -> None:
+        from vitscale.pipeline.planner import plan
+
+        plan(config, nproc)
+
+    _run_ranks(work, check, nproc, config.engine.device)
+
+
+def _run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int, device: str) -> None:
+    """Do `work(world)` in this process, or in `nproc` new ones after `check` found nothing against it."""
+    from vitscale.launch.local import check_processes, launch, under_launcher
+
+    if nproc > 1 and not under_launcher():
+        check_processes(nproc, device)
+        check()
+        code = launch(sys.argv[1:], nproc)
+        if code:
+            raise typer.Exit(code)
+        return
+    from vitscale.pipeline.distributed import join, leave
+
+    world = join(device)
+    work(world)
+    leave()
+
+
+@app.command()
+@stage
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A run, a checkpoint or an export.")],
+    dataset: Annotated[str, typer.Argument(help="Folder that `vitscale shard` wrote.")],
+    out: Annotated[str, typer.Option(help="File of results; '' chooses one in the run's folder.")] = "",
+    micro_batch: Annotated[int, typer.Option(help="Images of one forward on each rank.")] = 64,
+    workers: Annotated[int, typer.Option(help="Loader processes of each rank.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    nproc: Nproc = 1,
+    debug: Debug = False,
+) -> None:
+    """Top-1, top-5 and confusion matrix on a dataset, each image counted once.
+
+    Example: `vitscale evaluate runs/a shards/test`
+    """
+    from vitscale.pipeline.console import say
+    from vitscale.pipeline.data.loader import LoaderSettings
+    from vitscale.pipeline.evaluation import stage as evaluation
+
+    def work(world: Any) -> None:
+        trained, store = evaluation.check(checkpoint, dataset)
+        path = Path(out) if out else evaluation.results_path(trained, store)
+        results = evaluation.evaluate(trained, store, LoaderSettings(micro_batch, workers), world)
+        if world.main:
+            evaluation.write_results(results, path)
+            say(f"{trained.path} on {dataset}: top-1 {results['top1']:.2%}  top-5 {results['top5']:.2%}")
+            say(f"{results['images']:,} images; confusion matrix in {path}")
+
+    _run_ranks(work, lambda: evaluation.check(checkpoint, dataset) and None, nproc, device)
+
+
+@app.command()
+@stage
+def predict(
+    trained: Annotated[str, typer.Argument(metavar="EXPORT", help="An export; a run or a checkpoint will do.")],
+    files: Annotated[list[str], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(help="Classes to print for each image.")] = 3,
+    debug: Debug = False,
+) -> None:
+    """Class names and probabilities of image files.
+
+    Example: `vitscale predict exported cat.jpg dog.png`
+    """
+    from vitscale.pipeline.console import say
+    from vitscale.pipeline.inference import load
+
+    for file, prediction in zip(files, load(trained).predict(files, top), strict=True):
+        rows = zip(prediction.classes, prediction.probabilities, strict=True)
+        say(f"{file}: " + "  ".join(f"{name} {probability:.1%}" for name, probability in rows))
+
+
+@app.command()
+@stage
+def export(
+    source: Annotated[str, typer.Argument(help="A run, or one of its checkpoints.")],
+    out: Annotated[str, typer.Argument(help="New folder for the export.")],
+    debug: Debug = False,
+) -> None:
+    """Write the network as safetensors with its configuration, read back and compared before it appears.
+
+    Example: `vitscale export runs/a exported`
+    """
+    from vitscale.pipeline.console import say
+    from vitscale.pipeline.export import export as run
+
+    difference = run(source, out)
+    say(f"{out}: model.safetensors, config.json; largest difference of logits from {source}: {difference:.1e}")
+
+
+@app.command()
+@stage
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, in the order to show them.")],
+    out: Annotated[str, typer.Option(help="File to write; '' is report.html in the last run's folder.")] = "",
+    commands: Annotated[str, typer.Option(help="Text file of the commands that led here, to be shown.")] = "",
+    debug: Debug = False,
+) -> None:
+    """One self-contained HTML page: curves, confusion matrices, sample predictions, commands and versions.
+
+    Example: `vitscale report runs/a runs/b --out report.html`
+    """
+    from vitscale.pipeline.console import say
+    from vitscale.pipeline.report import write_report
+
+    path = Path(out) if out else Path(runs[-1]) / "report.html"
+    write_report([Path(run) for run in runs], path, Path(commands) if commands else None)
+    say(str(path))
+
+
+@recipe_app.command("list")
+@stage
+def recipe_list(debug: Debug = False) -> None:
+    """Names of the recipes that ship.
+
+    Example: `vitscale recipe list`
+    """
+    from vitscale.pipeline.console import say
+
+    for path in sorted(RECIPES.glob("*.yaml")):
+        first = path.read_text().splitlines()[0].removeprefix("# ")
+        say(f"{path.stem:24} {first}")
+
+
+@recipe_app.command("show")
+@stage
+def recipe_show(recipe: Recipe, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Every setting of a recipe as it resolves: itself a valid recipe.
+
+    Example: `vitscale recipe show digits-demo optim.lr=1e-4`
+    """
+    from vitscale.pipeline.config import load_recipe, to_yaml
+    from vitscale.pipeline.console import say
+
+    say(to_yaml(load_recipe(recipe, overrides or [], RECIPES)).rstrip())
+
+
+@recipe_app.command("diff")
+@stage
+def recipe_diff(first: Recipe, second: Recipe, debug: Debug = False) -> None:
+    """Settings in which two resolved recipes differ.
+
+    Example: `vitscale recipe diff digits-demo runs/a/recipe.yaml`
+    """
+    from vitscale.pipeline.config import flatten, load_recipe, to_dict
+    from vitscale.pipeline.console import say
+
+    one, other = (flatten(to_dict(load_recipe(recipe, [], RECIPES))) for recipe in (first, second))
+    differing = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    for key in differing:
+        say(f"{key}: {one.get(key)!r} → {other.get(key)!r}")
+    if not differing:
+        say("no setting differs")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

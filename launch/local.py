@@ -1,0 +1,72 @@
+"""Several processes on this machine, by torch's elastic launcher."""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from vitscale.errors import UserError
+
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def under_launcher() -> bool:
+    """Whether this process was started as one of several ranks (torchrun, srun), and joins them."""
+    from vitscale.pipeline.distributed import launcher_place
+
+    return launcher_place(os.environ) is not None
+
+
+def launch(command: list[str], processes: int) -> int:
+    """Run `vitscale COMMAND` as `processes` ranks and wait for them. Returns the exit code.
+
+    If a rank fails the others are ended, and what the first one to fail said is printed once.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="vitscale",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "vitscale.launch.cli", *command)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        told = failure.message if isinstance(failure.message, str) else failure.message["message"]
+        print(told, file=sys.stderr)
+        return EXIT_USER_ERROR if failure.exitcode == EXIT_USER_ERROR else 1
+    except SignalException:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def report_failure(text: str) -> None:
+    """Say why this process fails: to the launcher that waits for it, if it is `launch`, else on stderr."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        told = {"message": text, "extraInfo": {"timestamp": int(time.time())}}  # the launcher's own form
+        Path(file).write_text(json.dumps({"message": told}))
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def check_processes(processes: int, device: str) -> None:
+    """Raise `UserError` if this machine cannot run so many ranks on `device` (`auto`, `cpu` or `cuda`)."""
+    from vitscale.pipeline.distributed import use_cuda
+
+    if processes < 1:
+        raise UserError("--nproc", processes, "at least 1 process", "Leave it out for one.")
+    use_cuda(device, processes)

@@ -1,0 +1,267 @@
+"""Checkpoints that any number of ranks can read, at any ZeRO stage: named ranges of float32 tensors.
+
+A checkpoint is a folder `step-00001000`:
+- `rank-00000.safetensors` …, one a rank: 1-D ranges keyed `NAME|KIND|START`, with KIND `weight`, `exp_avg` or
+  `exp_avg_sq` and START the range's place in the flattened parameter;
+- `index.json`: format, shape of every parameter, size and sha256 of every file;
+- `state.json`: step, examples seen, architecture, classes, preprocessing, dataset, recipe, world size, versions.
+
+It is written under a hidden name and renamed when complete, so that a folder by that name is a whole checkpoint.
+Nothing is pickled.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitscale.errors import UserError
+from vitscale.pipeline.distributed import World, agree, gather
+from vitscale.pipeline.engine import Engine, Fragment
+
+FORMAT = 1
+FOLDER = re.compile(r"step-(\d{8,})")
+Range = tuple[int, int, "Shard", str]  # start, stop, file, key
+
+
+def save(folder: Path, engine: Engine, state: dict[str, Any], world: World, keep: int) -> Path:
+    """Write the checkpoint of `state["step"]` into `folder`, then remove all but the newest `keep`.
+
+    Every rank calls it; a rank that cannot write (a full disk) makes all of them raise `UserError`, and earlier
+    checkpoints stay as they are.
+    """
+    name = f"step-{state['step']:08d}"
+    hidden = folder / f".{name}.partial"
+    error, row = None, {}
+    if world.main:
+        _remove_partial(folder)
+    gather(None)  # nobody writes before that is done
+    try:
+        hidden.mkdir(parents=True, exist_ok=True)
+        row = _write_rank_file(hidden / f"rank-{world.rank:05d}.safetensors", engine.owned_fragments())
+    except (OSError, SafetensorError) as problem:
+        error = _cannot_write(folder, problem)
+    _agree_or_clean(error, folder, world)
+    files = gather(row)
+    if world.main:
+        try:
+            index = {"format": FORMAT, "tensors": engine.shapes, "files": files}
+            _write_json(hidden / "index.json", index)
+            _write_json(hidden / "state.json", {"format": FORMAT, **state})
+            shutil.rmtree(folder / name, ignore_errors=True)  # a damaged one that was passed over
+            sync_folder(hidden)
+            hidden.rename(folder / name)
+            sync_folder(folder)
+            for old in checkpoints(folder)[keep:]:
+                shutil.rmtree(old)
+        except OSError as problem:
+            error = _cannot_write(folder, problem)
+    _agree_or_clean(error, folder, world)
+    return folder / name
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders in `folder`, the newest first, whether sound or not."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if FOLDER.fullmatch(p.name)), key=_step, reverse=True)
+
+
+def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all there with the sizes recorded, and a warning for each passed over."""
+    warnings = []
+    for path in checkpoints(folder):
+        try:
+            read_index(path)
+            read_state(path)
+            return path, warnings
+        except UserError as error:
+            warnings.append(str(error))
+    return None, warnings
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint. Raises `UserError` if it is damaged or from a newer version."""
+    return _read_json(path / "state.json")
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """`index.json` of a checkpoint, its files checked for presence and size. Raises `UserError`."""
+    index = _read_json(path / "index.json")
+    for row in index["files"]:
+        file = path / row["file"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != row["bytes"]:
+            found = "no such file" if size is None else f"{size} bytes"
+            raise _damaged(file, found, f"{row['bytes']} bytes")
+    return index
+
+
+def restore(path: Path, engine: Engine) -> None:
+    """Fill the engine's weights and moments from a checkpoint written at any world size and stage.
+
+    The engine's module must already hold the checkpoint's weights (`read_weights`): this sets the float32 masters
+    and the optimizer's state of this rank's partition. Raises `UserError` if a file is damaged.
+    """
+    engine.reset_optimizer(step=read_state(path)["step"])
+    with torch.no_grad():
+        reader = Reader(path)
+        for fragment in engine.fragments():
+            for kind, view in fragment.tensors.items():
+                reader.fill(fragment.name, kind, fragment.start, view)
+
+
+def read_weights(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Whole float32 weights of the parameters whose name begins with `prefix`, which is cut off, one at a time.
+
+    An objective's network is under `model.`. Raises `UserError` if a file is damaged.
+    """
+    reader = Reader(path)
+    for name, shape in reader.shapes.items():
+        if name.startswith(prefix):
+            flat = torch.empty(math.prod(shape))
+            reader.fill(name, "weight", 0, flat)
+            yield name.removeprefix(prefix), flat.reshape(shape)
+
+
+class Reader:
+    """Reads any range of any tensor of a checkpoint, from whichever rank files hold parts of it.
+
+    A file's sha256 is checked when it is first read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        index = read_index(path)
+        self.shapes: dict[str, list[int]] = index["tensors"]
+        self._ranges: dict[tuple[str, str], list[Range]] = {}
+        for row in index["files"]:
+            shard = Shard(path / row["file"], row["sha256"])
+            for key in shard.ranges():
+                name, kind, start = key.split("|")
+                stop = int(start) + shard.length(key)
+                self._ranges.setdefault((name, kind), []).append((int(start), stop, shard, key))
+        for parts in self._ranges.values():
+            parts.sort(key=lambda part: part[0])
+
+    def fill(self, name: str, kind: str, start: int, out: Tensor) -> None:
+        """Copy elements `start` … of the flattened tensor into the 1-D `out`, all of it."""
+        at, stop = start, start + len(out)
+        for low, high, shard, key in self._ranges.get((name, kind), []):
+            if low <= at < min(high, stop):
+                take = min(high, stop)
+                out[at - start : take - start] = shard.read(key, at - low, take - low)
+                at = take
+        if at != stop:
+            raise UserError(
+                "checkpoint", f"{name} ({kind}) without elements {at} to {stop}", "every element", "Use another one."
+            )
+
+
+class Shard:
+    """One rank's file, opened when first needed."""
+
+    def __init__(self, path: Path, sha256: str) -> None:
+        self.path, self._sha256 = path, sha256
+        self._checked = False
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, str(error), "a safetensors file") from error
+
+    def ranges(self) -> list[str]:
+        """`NAME|KIND|START` of every range in the file."""
+        return list(self._file.keys())
+
+    def length(self, key: str) -> int:
+        """Elements of a range."""
+        return self._file.get_slice(key).get_shape()[0]
+
+    def read(self, key: str, low: int, high: int) -> Tensor:
+        """Elements `low` to `high` of a range. Raises `UserError` if the file is not what was written."""
+        if not self._checked:
+            found = _sha256(self.path)
+            if found != self._sha256:
+                raise _damaged(self.path, f"sha256 {found[:12]}…", f"{self._sha256[:12]}…")
+            self._checked = True
+        return self._file.get_slice(key)[low:high]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _agree_or_clean(error: UserError | None, folder: Path, world: World) -> None:
+    try:
+        agree(error)
+    except UserError:
+        if world.main:
+            _remove_partial(folder)
+        raise
+
+
+def _remove_partial(folder: Path) -> None:
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_rank_file(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
+    ranges = {
+        f"{fragment.name}|{kind}|{fragment.start}": view.to("cpu", torch.float32, copy=True)
+        for fragment in fragments
+        for kind, view in fragment.tensors.items()
+    }
+    save_file(ranges, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+        found = value["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, repr(error), "JSON with a `format`") from error
+    if found != FORMAT:
+        raise UserError("checkpoint", f"{path} of format {found}", f"format {FORMAT}", "Use the vitscale it came from.")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _damaged(path: Path, got: str, expected: str) -> UserError:
+    return UserError("checkpoint", f"{path}: {got}", expected, "The file is damaged: use another checkpoint.")
+
+
+def _cannot_write(folder: Path, error: Exception) -> UserError:
+    remedy = "Free some space or choose another run.dir, and run again: it goes on from the last checkpoint."
+    return UserError("run.dir", f"{error} while saving to {folder}", "a folder that can be written", remedy)

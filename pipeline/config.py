@@ -1,0 +1,323 @@
+"""Settings: one dataclass a section, composed from recipes and dotted overrides. The sole omegaconf import.
+
+Imports no torch, so that `--help`, `recipe show` and refusals come at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vitscale.errors import UserError
+from vitscale.model.registry import ModelConfig
+from vitscale.pipeline.schedule import KINDS
+
+T = TypeVar("T")
+
+
+def require(condition: bool, setting: str, got: object, expected: str, remedy: str) -> None:
+    """Raise `UserError` unless `condition` holds."""
+    if not condition:
+        raise UserError(setting, got, expected, remedy)
+
+
+def require_choice(setting: str, got: str, choices: Iterable[str]) -> None:
+    """Raise `UserError` unless `got` is one of `choices`, suggesting the nearest."""
+    names = list(choices)
+    near = difflib.get_close_matches(got, names, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "Choose one of them."
+    require(got in names, setting, repr(got), "one of " + ", ".join(names), hint)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """`run:` – where it is written, the seed of weights, data order and augmentation, and how often it is logged."""
+
+    dir: str = ""
+    seed: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "run.seed", self.seed, "a whole number of at least 0", "Choose another seed.")
+        require(self.log_every > 0, "run.log_every", self.log_every, "at least 1 step", "Set it to 10, say.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`data:` – folders that `vitscale shard` wrote, and loader processes per rank (0: load in the rank itself)."""
+
+    train: str = ""
+    val: str = ""
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, "data.workers", self.workers, "at least 0 processes", "Set it to 2, say.")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """`augment:` – how a training image becomes a square of `model.img_size` px.
+
+    `crop`: `resized` takes a random part of `scale_min` to 1 of the area and resizes it (Szegedy et al. 2015);
+    `shift` resizes the whole image and moves it by up to `shift` of the side, edges repeated; `none` only resizes.
+    `flip` mirrors every second image. `eval_crop` is the share of the shorter side kept in evaluation.
+    """
+
+    crop: str = "resized"
+    scale_min: float = 0.05
+    shift: float = 0.125
+    flip: bool = True
+    eval_crop: float = 0.875
+
+    def __post_init__(self) -> None:
+        require_choice("augment.crop", self.crop, ("resized", "shift", "none"))
+        for key in ("scale_min", "eval_crop"):
+            value = getattr(self, key)
+            require(0 < value <= 1, f"augment.{key}", value, "a share in (0, 1]", "1 keeps the whole image.")
+        require(0 <= self.shift < 1, "augment.shift", self.shift, "a share in [0, 1)", "0.125 is 4 px of 32.")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """`objective:` – what is learnt. `supervised`: softmax cross-entropy with `label_smoothing`."""
+
+    name: str = "supervised"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("objective.name", self.name, ("supervised",))
+        value = self.label_smoothing
+        require(0 <= value < 1, "objective.label_smoothing", value, "a share in [0, 1)", "Often 0.1.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """`optim:` – AdamW at peak rate `lr`; decay spares norms, biases, positions and the class token.
+
+    `clip` bounds the global norm of the gradient (0: no bound).
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_choice("optim.name", self.name, ("adamw",))
+        require(self.lr > 0, "optim.lr", self.lr, "a number above 0", "The paper uses 3e-4 to 3e-3.")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "in [0, 1)", "Often 0.9, 0.999.")
+        for key in ("weight_decay", "clip", "eps"):
+            require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "at least 0", "0 turns it off.")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """`schedule:` – the learning rate over the steps. Durations: `500` steps, `5ep` epochs, `1e6ex` examples, `5%`."""
+
+    kind: str = "cosine"
+    warmup: str = "5%"
+    cooldown: str = "0"
+    timescale: int = 10_000
+
+    def __post_init__(self) -> None:
+        require_choice("schedule.kind", self.kind, KINDS)
+        require(self.timescale > 0, "schedule.timescale", self.timescale, "at least 1 step", "Used by rsqrt only.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`train:` – images of one optimizer step over all ranks, and how long to train (`500`, `90ep`, `1e6ex`)."""
+
+    global_batch: int = 1024
+    duration: str = "90ep"
+
+    def __post_init__(self) -> None:
+        require(self.global_batch > 0, "train.global_batch", self.global_batch, "at least 1 image", "Set a larger one.")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """`engine:` – DeepSpeed. `micro_batch` images per rank and forward; the rest of the global batch accumulates.
+
+    `device`: `auto` takes GPUs where there are any. `dtype`: `fp32` or `bf16` (weights in bf16, float32 masters;
+    ZeRO stages 1 to 3). `deepspeed` is merged into DeepSpeed's own configuration as it is.
+    """
+
+    device: str = "auto"
+    zero_stage: int = 2
+    dtype: str = "fp32"
+    micro_batch: int = 64
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_choice("engine.device", self.device, ("auto", "cpu", "cuda"))
+        require_choice("engine.dtype", self.dtype, ("fp32", "bf16"))
+        require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3", "2 is usual.")
+        require(self.micro_batch > 0, "engine.micro_batch", self.micro_batch, "at least 1 image", "Set a larger one.")
+        require(
+            self.dtype == "fp32" or self.zero_stage > 0,
+            "engine.dtype",
+            f"{self.dtype} with engine.zero_stage 0",
+            "bf16 with ZeRO stage 1, 2 or 3, which keep float32 masters in named ranges",
+            "Set engine.zero_stage=1.",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`checkpoint:` – save every so often (a duration, `0` only at the end), keep the newest `keep`."""
+
+    every: str = "1ep"
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.keep > 0, "checkpoint.keep", self.keep, "at least 1 checkpoint", "Set it to 2.")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """`eval:` – top-1 and top-5 on `data.val` every so often (a duration; `0` only at the end)."""
+
+    every: str = "5ep"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole recipe. `init_from` is the checkpoint or export that fine-tuning starts from."""
+
+    init_from: str = ""
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values of nested dicts; an empty dict counts as a value."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        rows.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return rows
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dicts of a config dataclass."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved recipe: every setting, itself a valid recipe."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def load_recipe(recipe: str, overrides: list[str], shipped: Path) -> Config:
+    """Compose a recipe (a file, or the name of one in the folder `shipped`) with overrides such as `optim.lr=1e-3`.
+
+    Raises `UserError` for a recipe that is not there, a key that is unknown (with the nearest right one) and a value
+    that cannot be.
+    """
+    layers = _recipe_layers(recipe, shipped, seen=())
+    return compose(Config, [*layers, _parse_overrides(overrides)])
+
+
+def compose(schema: type[T], layers: list[DictConfig]) -> T:
+    """Merge `layers` over the defaults of the dataclass `schema`, the last one winning, and validate."""
+    known = flatten(to_dict(schema()))
+    try:
+        merged = OmegaConf.structured(schema)
+        for layer in layers:
+            _check_keys(OmegaConf.to_container(layer), known)
+            merged = OmegaConf.merge(merged, layer)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        message = str(error.msg or error).splitlines()[0]
+        raise UserError(
+            str(error.full_key or "recipe"), message, "a value of the setting's type",
+            "`vitscale recipe show base` prints every setting with its default.",
+        ) from error  # fmt: skip
+
+
+def compose_overrides(schema: type[T], overrides: list[str]) -> T:
+    """A config dataclass from dotted overrides alone (stages without a recipe)."""
+    return compose(schema, [_parse_overrides(overrides)])
+
+
+def _check_keys(layer: Any, known: dict[str, Any]) -> None:
+    sections = {key.rsplit(".", i)[0] for key in known for i in range(1, key.count(".") + 1)}
+    free = {key for key, value in known.items() if isinstance(value, dict)}  # passed through as they are
+    for key, value in flatten(layer).items():
+        if key in known or any(key.startswith(f"{name}.") for name in free):
+            continue
+        if key in sections:
+            raise UserError(key, repr(value), "a section with settings", f"Write {key}.SETTING=VALUE.")
+        leaf_of = [name for name in known if name.endswith("." + key.rsplit(".", 1)[-1])]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or leaf_of[:1]
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            key, "a setting that does not exist", "a known setting", f"{hint}`vitscale recipe show base` lists them."
+        )
+
+
+def _parse_overrides(overrides: list[str]) -> DictConfig:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError(
+                "override", repr(override), "SETTING=VALUE, such as optim.lr=1e-3", "Write it without spaces."
+            )
+    try:
+        return OmegaConf.from_dotlist(overrides)
+    except (YAMLError, OmegaConfBaseException) as error:
+        message = " ".join(str(error).split())
+        raise UserError("override", message, "SETTING=VALUE with a YAML value", "Quote special characters.") from error
+
+
+def _recipe_layers(recipe: str, shipped: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
+    """The chain of `base:` recipes, the deepest first."""
+    path = _find_recipe(recipe, shipped, seen)
+    if path in seen:
+        chain = " → ".join(p.stem for p in (*seen, path))
+        raise UserError("base", chain, "a chain of recipes that ends", "Take one `base:` out.")
+    try:
+        layer = OmegaConf.load(io.StringIO(path.read_text()))
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            "RECIPE", f"{path}: {' '.join(str(error).split())}", "a YAML file", "Mend that line."
+        ) from error
+    if not isinstance(layer, DictConfig):
+        raise UserError("RECIPE", str(path), "a YAML file of sections such as `model:`", "See `vitscale recipe show`.")
+    base = layer.pop("base", None)
+    return [*(_recipe_layers(str(base), shipped, (*seen, path)) if base else []), layer]
+
+
+def _find_recipe(recipe: str, shipped: Path, seen: tuple[Path, ...]) -> Path:
+    beside = [seen[-1].parent / recipe, seen[-1].parent / f"{recipe}.yaml"] if seen else []
+    for path in (*beside, Path(recipe), shipped / f"{recipe}.yaml"):
+        if path.is_file():
+            return path.resolve()
+    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    near = difflib.get_close_matches(recipe, names, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "Give the path of a YAML file, or one of these names."
+    raise UserError("RECIPE", repr(recipe), f"a file, or one of {', '.join(names)}", hint)

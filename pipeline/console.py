@@ -1,0 +1,39 @@
+"""What a run says: a progress line on a terminal, plain lines elsewhere; rank 0 alone speaks."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+OUT = Console(highlight=False, soft_wrap=True)
+
+
+class Advance(Protocol):
+    """Told how far the work is: units done of all, and a short text beside the bar."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None: ...
+
+
+def say(text: str) -> None:
+    """Print one line above any progress bar."""
+    OUT.print(text, markup=False)
+
+
+@contextmanager
+def progress(title: str, shown: bool = True) -> Iterator[Advance]:
+    """A bar with count, ETA and text while the block runs, if the output is a terminal; else nothing."""
+    if not (shown and OUT.is_terminal):
+        yield lambda done, total, text="": None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[text]}"), console=OUT, transient=True) as bar:
+        task = bar.add_task(title, total=None, text="")
+        yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
+
+
+def fail(text: str) -> None:
+    """Print an error paragraph on stderr."""
+    print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""From shards to batches: the order (pure), the store (bytes), the loader and its augmentation."""

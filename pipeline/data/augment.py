@@ -1,0 +1,92 @@
+"""From a decoded image to the square of pixels that the model sees.
+
+Pixels stay uint8 until they are on the device (`normalise`). Random choices derive from (seed, epoch, sample key), so
+that they do not depend on the worker or the rank.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vitscale.pipeline.config import AugmentConfig
+from vitscale.pipeline.data.order import AUGMENT, random_words
+
+Pixels = NDArray[np.uint8]
+TRIES = 10  # for a random part with the wanted aspect that fits the image, as in torchvision
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes model input outside of training; stored with checkpoints and exports.
+
+    `img_size` px a side, cut from the centre after the shorter side was resized to `img_size / crop`; then
+    (value / 255 - mean) / std per channel.
+    """
+
+    img_size: int
+    crop: float
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # as the paper: values in [-1, 1]
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def view(self, rgb: Pixels) -> Pixels:
+        """The central square of an image (Y, X, 3) as (img_size, img_size, 3)."""
+        height, width = rgb.shape[:2]
+        side = min(height, width) * self.crop
+        left, top = (width - side) / 2, (height - side) / 2
+        return _resize(rgb, (left, top, left + side, top + side), self.img_size)
+
+
+def normalise(pixels: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 pixels (B, Y, X, 3) → normalised images (B, 3, Y, X) of `dtype` on the same device."""
+    scale = 1 / (255 * torch.tensor(preprocess.std, device=pixels.device))
+    shift = torch.tensor(preprocess.mean, device=pixels.device) * 255 * scale
+    return (pixels.float() * scale - shift).permute(0, 3, 1, 2).to(dtype)
+
+
+def training_view(rgb: Pixels, size: int, config: AugmentConfig, seed: int, epoch: int, key: str) -> Pixels:
+    """A random view (size, size, 3) of an image (Y, X, 3), a pure function of its arguments."""
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    words = random_words(seed, AUGMENT, (number, epoch), 4 + 2 * TRIES)
+    uniform = (words >> np.uint64(11)) * 2.0**-53
+    flip, draws = uniform[0] < 0.5, uniform[1:]
+    if config.crop == "resized":
+        view = _resize(rgb, _random_box(rgb.shape[0], rgb.shape[1], config.scale_min, draws), size)
+    else:
+        view = _resize(rgb, (0, 0, rgb.shape[1], rgb.shape[0]), size)
+        if config.crop == "shift":
+            view = _shift(view, config.shift, draws)
+    return np.ascontiguousarray(view[:, ::-1]) if config.flip and flip else view
+
+
+def _resize(rgb: Pixels, box: tuple[float, float, float, float], size: int) -> Pixels:
+    return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _shift(view: Pixels, most: float, draws: NDArray[np.float64]) -> Pixels:
+    reach = round(most * len(view))
+    top, left = (int(draw * (2 * reach + 1)) for draw in draws[:2])
+    padded = np.pad(view, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    return padded[top : top + len(view), left : left + len(view)]
+
+
+def _random_box(
+    height: int, width: int, scale_min: float, draws: NDArray[np.float64]
+) -> tuple[float, float, float, float]:
+    """A part of `scale_min` to 1 of the area with an aspect of 3/4 to 4/3 (Szegedy et al. 2015); else the centre."""
+    place_x, place_y, draws = draws[0], draws[1], draws[2:]
+    for area_draw, aspect_draw in zip(draws[0::2], draws[1::2], strict=False):
+        area = height * width * (scale_min + (1 - scale_min) * area_draw)
+        aspect = math.exp((2 * aspect_draw - 1) * math.log(4 / 3))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left, top = int(place_x * (width - box_width + 1)), int(place_y * (height - box_height + 1))
+            return left, top, left + box_width, top + box_height
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side

@@ -1,0 +1,117 @@
+"""Processes that train together: joining the group, and the few collectives used outside the engine."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vitscale.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)  # a collective that waits longer ends the run instead of hanging for ever
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size` processes, `local_rank` on its node, and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes shared files."""
+        return self.rank == 0
+
+
+def join(device: str = "auto") -> World:
+    """Join the process group of the launcher around this process, or a group of one.
+
+    `device` is `auto`, `cpu` or `cuda`: NCCL on GPUs, gloo on CPUs. Raises `UserError` if there are more processes
+    on a node than GPUs.
+    """
+    place = launcher_place(os.environ)
+    rank, size, local_rank, local_size = place or (0, 1, 0, 1)
+    cuda = use_cuda(device, local_size)
+    target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(target)
+    elif local_size > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # read by DeepSpeed
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        options = {"device_id": target} if cuda else {}
+        if place is None:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT, **options)
+    return World(rank, size, local_rank, target)
+
+
+def leave() -> None:
+    """Leave the process group, if joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launcher_place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
+    """(rank, world size, local rank, local size) given by a launcher around this process; None if there is none.
+
+    Understands torchrun's variables (RANK, WORLD_SIZE, …) and those of a Slurm step (`srun`), for which it also sets
+    the address and port of the rendezvous.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        size = int(env["WORLD_SIZE"])
+        return int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:  # a batch script has the first alone, and starts no ranks
+        os.environ.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        os.environ.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
+        size = int(env["SLURM_STEP_NUM_TASKS"])
+        local_size = int(env["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0])
+        return int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size
+    return None
+
+
+def use_cuda(device: str, local_processes: int) -> bool:
+    """Whether processes take GPUs, one each. Raises `UserError` if `local_processes` do not fit this node."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and gpus == 0):
+        return False
+    if local_processes > gpus:
+        raise UserError(
+            "--nproc",
+            f"{local_processes} processes on a node with {gpus} GPUs (engine.device={device})",
+            "at most one process per GPU",
+            f"Use --nproc {gpus}." if gpus else "Set engine.device=cpu to train on the CPU.",
+        )
+    return True
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Add a tensor up over all ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value: Any) -> list[Any]:
+    """One small Python object of every rank, in the order of ranks, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on every rank if any rank brings an error, so that no rank waits for one that failed."""
+    errors = gather(error if error is None or isinstance(error, UserError) else RuntimeError(repr(error)))
+    first = next((other for other in errors if other is not None), None)
+    if first is not None:
+        raise error or first

@@ -1,0 +1,46 @@
+"""`vitscale evaluate`: a trained classifier on datasets, and the file of results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vitscale.errors import UserError
+from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, evaluation_batches
+from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.distributed import World
+from vitscale.pipeline.evaluation.classification import classification
+from vitscale.pipeline.objectives.supervised import Supervised
+from vitscale.pipeline.planner import check_classes
+from vitscale.pipeline.weights import Trained, open_trained
+
+
+def check(source: str, dataset: str) -> tuple[Trained, Store]:
+    """Open both. Raises `UserError` if either cannot be read, or if their classes differ."""
+    trained, store = open_trained(source, "CHECKPOINT"), Store(dataset, "DATASET")
+    check_classes("DATASET", store.classes, str(trained.path), trained.classes)
+    return trained, store
+
+
+def evaluate(trained: Trained, store: Store, settings: LoaderSettings, world: World) -> dict[str, Any]:
+    """Results of a classifier on every image of a dataset, on all ranks alike."""
+    objective = Supervised(trained.load(), trained.preprocess).eval().to(world.device)
+    batches = evaluation_batches(store, EvaluationView(trained.preprocess), settings, world)
+    results = dict(classification(objective, batches, len(trained.classes)))
+    return {"origin": trained.origin, "dataset": store.describe(), "classes": trained.classes, **results}
+
+
+def write_results(results: dict[str, Any], path: Path) -> None:
+    """Write results as JSON, whole or not at all. Raises `UserError` if that fails."""
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(results, indent=1))
+        partial.replace(path)
+    except OSError as error:
+        raise UserError("--out", f"{error}", "a file that can be written", "Choose another.") from error
+
+
+def results_path(trained: Trained, store: Store) -> Path:
+    """Where results go unless the user says: `evaluations/` beside the checkpoints, or in the export."""
+    folder = trained.path.parent.parent if trained.path.parent.name == "checkpoints" else trained.path
+    return folder / "evaluations" / f"step-{trained.origin['step']:08d}-{store.path.name}.json"

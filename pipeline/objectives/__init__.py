@@ -1,0 +1,1 @@
+"""Objectives: modules whose `forward(batch)` returns `(loss_sum, metrics)`."""

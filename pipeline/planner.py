@@ -1,0 +1,123 @@
+"""What a recipe comes to on its data, checked before any process is started."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitscale.errors import UserError
+from vitscale.model.registry import ViTConfig
+from vitscale.pipeline import checkpoint
+from vitscale.pipeline.config import Config, flatten, to_dict
+from vitscale.pipeline.data.augment import Preprocess
+from vitscale.pipeline.data.loader import LoaderSettings
+from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.schedule import parse_duration
+
+# settings that may change when a run goes on: they leave its samples and its mathematics alone
+HARMLESS = ("run.dir", "run.log_every", "data.", "engine.", "checkpoint.", "eval.", "init_from")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run. Durations are in steps; `resume` is the checkpoint that it goes on from."""
+
+    config: Config
+    train: Store
+    val: Store | None
+    model: ViTConfig
+    preprocess: Preprocess
+    steps: int
+    warmup: int
+    cooldown: int
+    save_every: int
+    eval_every: int
+    resume: Path | None
+    warnings: list[str]
+
+    @property
+    def loader(self) -> LoaderSettings:
+        """How this run loads batches."""
+        return LoaderSettings(self.config.engine.micro_batch, self.config.data.workers)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.run.dir)
+
+
+def plan(config: Config, world_size: int) -> Plan:
+    """Check a recipe against its data, the number of ranks and the run's folder.
+
+    Raises `UserError` for all that can be known to fail: missing folders, sizes that do not fit, a folder that holds
+    a run of another recipe or of other data.
+    """
+    for setting, value in (("run.dir", config.run.dir), ("data.train", config.data.train)):
+        if not value:
+            raise UserError(setting, "nothing", "a folder", f"Add {setting}=PATH to the command.")
+    train = Store(config.data.train, "data.train")
+    val = Store(config.data.val, "data.val") if config.data.val else None
+    if val:
+        check_classes("data.val", val.classes, "data.train", train.classes)
+    batch = config.train.global_batch
+    if batch < world_size:
+        remedy = "Raise it, or start fewer processes."
+        raise UserError("train.global_batch", f"{batch} for {world_size} ranks", "at least one image a rank", remedy)
+    if batch > len(train):
+        raise UserError("train.global_batch", batch, f"at most the {len(train)} training images", "Lower it.")
+    model = config.model.resolve(len(train.classes))
+    lengths = {"samples": len(train), "global_batch": batch}
+    steps = parse_duration(config.train.duration, "train.duration", **lengths)
+    if steps < 1:
+        raise UserError("train.duration", repr(config.train.duration), "at least one step", "Make it longer.")
+
+    def within(setting: str, text: str) -> int:
+        return parse_duration(text, setting, **lengths, total=steps)
+
+    resume, warnings = find_resume(config, train.fingerprint)
+    return Plan(
+        config=config,
+        train=train,
+        val=val,
+        model=model,
+        preprocess=Preprocess(model.img_size, config.augment.eval_crop),
+        steps=steps,
+        warmup=within("schedule.warmup", config.schedule.warmup),
+        cooldown=within("schedule.cooldown", config.schedule.cooldown),
+        save_every=within("checkpoint.every", config.checkpoint.every),
+        eval_every=within("eval.every", config.eval.every),
+        resume=resume,
+        warnings=warnings,
+    )
+
+
+def find_resume(config: Config, fingerprint: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint that the run's folder goes on from, if any, and a warning for each damaged one passed over.
+
+    Raises `UserError` if that run was of another recipe or other data.
+    """
+    newest, warnings = checkpoint.newest_sound(Path(config.run.dir) / "checkpoints")
+    if newest is None:
+        return None, warnings
+    state = checkpoint.read_state(newest)
+    before, now = flatten(state["recipe"]), flatten(to_dict(config))
+    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(HARMLESS)]
+    if changed:
+        shown = ", ".join(f"{key}: {before.get(key)!r} → {now[key]!r}" for key in changed[:4])
+        remedy = "Choose another run.dir, or undo these changes."
+        raise UserError("run.dir", f"{newest} of another recipe ({shown})", "the recipe that began the run", remedy)
+    if state["dataset"]["fingerprint"] != fingerprint:
+        remedy = "Choose another run.dir, or give the data that it began with."
+        raise UserError("data.train", f"{config.data.train}, not the data of {newest}", "the same samples", remedy)
+    return newest, warnings
+
+
+def check_classes(setting: str, got: list[str], other: str, expected: list[str]) -> None:
+    """Raise `UserError` unless a dataset has exactly the classes of `other`, in the same order."""
+    if got != expected:
+        differing = sorted(set(got) ^ set(expected))
+        names = ", ".join(repr(name) for name in differing[:4]) or "the same names in another order"
+        raise UserError(
+            setting,
+            f"{len(got)} classes that differ ({names})",
+            f"the {len(expected)} classes of {other}",
+            "Use a dataset of the same classes, or fine-tune on this one.",
+        )

@@ -1,0 +1,94 @@
+"""A run's folder: who holds it, and what it ran on (`environment.json`)."""
+
+import fcntl
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitscale.errors import UserError
+from vitscale.pipeline.distributed import World, agree
+
+PACKAGES = ("vitscale", "torch", "deepspeed", "numpy", "pyarrow", "pillow", "safetensors")
+
+
+@contextmanager
+def run_lock(folder: Path, world: World) -> Iterator[None]:
+    """Hold the run's folder, so that two runs do not write into it. The lock ends with the process, however it ends.
+
+    Raises `UserError` on every rank if the folder is taken or cannot be written.
+    """
+    file, error = None, None
+    if world.main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / ".lock").open("w")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            error = UserError(
+                "run.dir", f"{folder}, in use by another run", "a folder of its own", "Wait, or choose one."
+            )
+        except OSError as problem:
+            error = UserError("run.dir", str(problem), "a folder that can be written", "Choose another.")
+    try:
+        agree(error)
+        yield
+    finally:
+        if file:
+            file.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(world: World) -> dict[str, Any]:
+    """This start of a run: time (UTC), command, versions, git commit of the code, host, device and ranks."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv[1:],
+        "versions": versions(),
+        "commit": commit(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "world_size": world.size,
+    }
+
+
+def write_environment(folder: Path, world: World) -> None:
+    """Add this start to `environment.json`, a list of every start of the run, the newest last."""
+    path = folder / "environment.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps([*starts, environment(world)], indent=1))
+    partial.replace(path)
+
+
+def commit() -> str | None:
+    """Git commit of the folder that this code runs from, with `+` if files differ from it; None outside of git."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,156 @@
+"""The training loop: pretraining and fine-tuning alike."""
+
+from itertools import islice
+from typing import Any
+
+import torch
+
+from vitscale.model.vit import VisionTransformer
+from vitscale.pipeline import checkpoint
+from vitscale.pipeline.config import to_dict, to_yaml
+from vitscale.pipeline.console import OUT, Advance, progress, say
+from vitscale.pipeline.data import order
+from vitscale.pipeline.data.loader import EvaluationView, TrainingView, evaluation_batches, training_batches
+from vitscale.pipeline.distributed import World
+from vitscale.pipeline.engine import Engine
+from vitscale.pipeline.evaluation.classification import classification
+from vitscale.pipeline.finetune import initialise_from
+from vitscale.pipeline.metrics import Meter, MetricsLog, Timed
+from vitscale.pipeline.objectives.supervised import Supervised
+from vitscale.pipeline.planner import Plan
+from vitscale.pipeline.run_folder import run_lock, versions, write_environment
+from vitscale.pipeline.schedule import lr_factor
+from vitscale.pipeline.weights import describe, open_trained
+
+
+def train(plan: Plan, world: World) -> None:
+    """Train to the last step, going on from `plan.resume` if there is one. Every rank calls it."""
+    first = checkpoint.read_state(plan.resume)["step"] if plan.resume else 0
+    with run_lock(plan.folder, world):
+        if world.main:
+            announce(plan, world, first)
+        if first == plan.steps:
+            return
+        engine = build_engine(plan, world)
+        log = open_log(plan, world, first) if world.main else None
+        run_steps(plan, world, engine, first, log)
+        if log:
+            log.close()
+            say(f"trained to step {plan.steps}: {plan.folder}")
+
+
+def run_steps(plan: Plan, world: World, engine: Engine, first: int, log: MetricsLog | None) -> None:
+    """Steps `first` to the last: gather this rank's micro batches, step, log, evaluate, save."""
+    config, size = plan.config, plan.config.train.global_batch
+    view = TrainingView(plan.model.img_size, config.augment, config.run.seed)
+    batches = Timed(training_batches(
+        plan.train, view, plan.loader, world, seed=config.run.seed, global_batch=size, steps=range(first, plan.steps)
+    ))  # fmt: skip
+    meter = Meter(batches, first)
+    with progress("training", shown=world.main) as advance:
+        for step in range(first, plan.steps):
+            torch.manual_seed((config.run.seed * 1_000_003 + step) * world.size + world.rank)  # dropout
+            lr = config.optim.lr * lr_factor(
+                step, kind=config.schedule.kind, total=plan.steps, warmup=plan.warmup, cooldown=plan.cooldown,
+                timescale=config.schedule.timescale,
+            )  # fmt: skip
+            means = engine.train_step(islice(batches, engine.accumulation), size, lr)
+            done = step + 1
+            if due(done, config.run.log_every, plan.steps) and log:
+                report(plan, log, done, {**means, "lr": lr, **meter.read(done, size)}, advance, meter)
+            if plan.val and due(done, plan.eval_every, plan.steps):
+                values = evaluate(plan, world, engine)
+                if log:
+                    log.write(done, "eval", **values)
+                    say(f"step {done}/{plan.steps}  val top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}")
+                meter.restart(done)
+            if due(done, plan.save_every, plan.steps):
+                saved = state(plan, world, done)
+                checkpoint.save(plan.folder / "checkpoints", engine, saved, world, config.checkpoint.keep)
+                meter.restart(done)
+
+
+def due(done: int, every: int, total: int) -> bool:
+    """Whether something that happens every `every` steps (0: only at the end) is due after `done` steps."""
+    return done == total or (every > 0 and done % every == 0)
+
+
+def build_engine(plan: Plan, world: World) -> Engine:
+    """The network with its initial, pretrained or resumed weights, in the engine."""
+    config, network = plan.config, VisionTransformer(plan.model, seed=plan.config.run.seed)
+    if plan.resume:
+        network.load_state_dict(dict(checkpoint.read_weights(plan.resume, "model.")))
+    elif config.init_from:
+        notes = initialise_from(network, open_trained(config.init_from, "init_from"))
+        for note in notes if world.main else []:
+            say(note)
+    objective = Supervised(network, plan.preprocess, config.objective.label_smoothing)
+    accumulation = order.accumulation(config.train.global_batch, world.size, config.engine.micro_batch)
+    engine = Engine(objective, config.engine, config.optim, world, accumulation)
+    if plan.resume:
+        checkpoint.restore(plan.resume, engine)
+    return engine
+
+
+def evaluate(plan: Plan, world: World, engine: Engine) -> dict[str, float]:
+    """Accuracy on `data.val`, without touching the order or the random numbers of training."""
+    assert plan.val is not None
+    engine.objective.eval()
+    batches = evaluation_batches(plan.val, EvaluationView(plan.preprocess), plan.loader, world)
+    values = dict(classification(engine.objective, batches, plan.model.num_classes))
+    return {name: values[name] for name in ("top1", "top5", "loss")}
+
+
+def state(plan: Plan, world: World, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself in `state.json`."""
+    config = plan.config
+    return {
+        "step": step,
+        "examples": step * config.train.global_batch,
+        **describe(plan.model, plan.train.classes, plan.preprocess),
+        "dataset": {"fingerprint": plan.train.fingerprint, "samples": len(plan.train)},
+        "world_size": world.size,
+        "zero_stage": config.engine.zero_stage,
+        "recipe": to_dict(config),
+        "versions": versions(),
+    }
+
+
+def announce(plan: Plan, world: World, first: int) -> None:
+    """Say what is about to happen, in a few lines."""
+    for warning in plan.warnings:
+        say(f"passed over: {warning}")
+    config, model = plan.config, plan.model
+    if first == plan.steps:
+        return say(f"already trained to step {first} of {plan.steps}: {plan.folder}")
+    epoch_steps = len(plan.train) // config.train.global_batch
+    say(f"{len(plan.train):,} images, {model.num_classes} classes: {config.data.train}")
+    say(
+        f"{config.model.name}: {model.img_size} px, patch {model.patch_size}, width {model.width}, depth {model.depth};"
+        f" {plan.steps} steps of {config.train.global_batch} images, {epoch_steps} steps an epoch"
+        f" ({len(plan.train) % config.train.global_batch} images of each epoch left out, other ones each time)"
+    )
+    say(f"{world.size} ranks on {world.device.type}, ZeRO-{config.engine.zero_stage}, {config.engine.dtype}")
+    if plan.resume:
+        say(f"going on from step {first}: {plan.resume}")
+    return None
+
+
+def open_log(plan: Plan, world: World, first: int) -> MetricsLog:
+    """Write the recipe and the environment into the run's folder, and open its log at step `first`."""
+    (plan.folder / "recipe.yaml").write_text(to_yaml(plan.config))
+    write_environment(plan.folder, world)
+    return MetricsLog(plan.folder, first)
+
+
+def report(plan: Plan, log: MetricsLog, done: int, row: dict[str, float], advance: Advance, meter: Meter) -> None:
+    """Log a row, and show it on the progress bar or, without a terminal, as a line now and then."""
+    log.write(done, "train", **row)
+    seconds_left = (plan.steps - done) * plan.config.train.global_batch / row["images_per_s"]
+    text = (
+        f"loss {row['loss']:.4f}  top-1 {row['top1']:.1%}  lr {row['lr']:.2e}  {row['images_per_s']:,.0f} images/s"
+        f"  data wait {row['data_wait']:.0%}"
+    )
+    advance(done, plan.steps, text)
+    if not OUT.is_terminal and (meter.line_due() or done == plan.steps):
+        say(f"step {done}/{plan.steps}  {text}  ETA {seconds_left:.0f} s")

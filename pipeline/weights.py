@@ -1,0 +1,101 @@
+"""Where trained weights come from: a run, one of its checkpoints, or an export; told apart by what the folder holds."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vitscale.errors import UserError
+from vitscale.model.registry import ViTConfig
+from vitscale.model.vit import VisionTransformer
+from vitscale.pipeline import checkpoint
+from vitscale.pipeline.data.augment import Preprocess
+
+EXPORT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network as found: architecture, classes in label order, preprocessing, and its weights by name.
+
+    `origin` says where it came from (path and step); `tensors()` reads name and float32 tensor, one at a time.
+    """
+
+    path: Path
+    model: ViTConfig
+    classes: list[str]
+    preprocess: Preprocess
+    origin: dict[str, Any]
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+
+    def load(self) -> VisionTransformer:
+        """The network with these weights, in evaluation mode, on the CPU."""
+        network = VisionTransformer(self.model)
+        network.load_state_dict(dict(self.tensors()))
+        return network.eval()
+
+
+def open_trained(path: str, setting: str) -> Trained:
+    """Find trained weights at `path`: a run's folder (its newest sound checkpoint), a checkpoint, or an export.
+
+    Raises `UserError` naming `setting` if there are none, or if they are damaged.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return _open_export(folder, setting)
+    if (folder / "checkpoints").is_dir():
+        newest, warnings = checkpoint.newest_sound(folder / "checkpoints")
+        if newest is None:
+            found = "; ".join(warnings) or "no checkpoint yet"
+            raise UserError(setting, f"{path}: {found}", "a run with a sound checkpoint", "Train it first.")
+        folder = newest
+    if (folder / "state.json").is_file():
+        return _open_checkpoint(folder)
+    found = "a folder without checkpoints" if folder.is_dir() else "no such folder"
+    raise UserError(setting, f"{path}: {found}", "a run, a checkpoint or an export", "Check the path.")
+
+
+def describe(model: ViTConfig, classes: list[str], preprocess: Preprocess) -> dict[str, Any]:
+    """The JSON form that checkpoints and exports share, read back by `open_trained`."""
+    return {"model": vars(model), "classes": classes, "preprocess": vars(preprocess)}
+
+
+def _open_checkpoint(folder: Path) -> Trained:
+    state = checkpoint.read_state(folder)
+    checkpoint.read_index(folder)
+    origin = {"checkpoint": str(folder), "step": state["step"], "dataset": state["dataset"]["fingerprint"]}
+    return _trained(folder, state, origin, lambda: checkpoint.read_weights(folder, "model."))
+
+
+def _open_export(folder: Path, setting: str) -> Trained:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["format"] != EXPORT_FORMAT:
+            raise ValueError(f"format {config['format']}")
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            file.keys()
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            setting, f"{folder}: {error!r}", "a folder written by `vitscale export`", "Export it again."
+        ) from error
+    return _trained(folder, config, config["origin"], lambda: _read_safetensors(folder / "model.safetensors"))
+
+
+def _trained(
+    folder: Path, described: dict, origin: dict[str, Any], tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+) -> Trained:
+    numbers = {key: tuple(v) if isinstance(v, list) else v for key, v in described["preprocess"].items()}
+    return Trained(
+        folder, ViTConfig(**described["model"]), described["classes"], Preprocess(**numbers), origin, tensors
+    )
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            yield name, file.get_tensor(name).to(torch.float32)
