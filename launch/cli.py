@@ -187,7 +187,7 @@ def _train(name: str, recipe: str, overrides: list[str], nproc: int) -> None:
 
 def _run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int, device: str) -> None:
     """Do `work(world)` in this process, or in `nproc` new ones after `check` found nothing against it."""
-    from vitscale.launch.local import check_processes, launch, under_launcher
+    from vitscale.launch.local import check_processes, die_with_launcher, launch, under_launcher
 
     if nproc > 1 and not under_launcher():
         check_processes(nproc, device)
@@ -198,6 +198,7 @@ def _run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: in
         return
     from vitscale.pipeline.distributed import join, leave
 
+    die_with_launcher()
     world = join(device)
     work(world)
     leave()

@@ -117,7 +117,8 @@ class ModelConfig:
 
 def list_models() -> list[str]:
     """Names for the usual patch and image sides; others follow the same pattern."""
-    return [f"vit_{size}_patch{patch}_{img}" for size in SIZES for patch in (14, 16, 32) for img in (224, 384)]
+    sides = {14: (224, 518), 16: (224, 384), 32: (224, 384)}
+    return [f"vit_{size}_patch{patch}_{img}" for size in SIZES for patch in sides for img in sides[patch]]
 
 
 def create_model(name: str, num_classes: int = 1000, seed: int = 0, **options: Any) -> VisionTransformer:

@@ -213,8 +213,8 @@ class Config:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and values of nested dicts; an empty dict counts as a value."""
-    if not isinstance(tree, dict) or not tree:
+    """Dotted keys and values of nested dicts; an empty dict within counts as a value."""
+    if not isinstance(tree, dict) or (prefix and not tree):
         return {prefix: tree}
     rows: dict[str, Any] = {}
     for key, value in tree.items():

@@ -167,7 +167,7 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, accumulation: int
 
     Buckets are no larger than the model: DeepSpeed's default of 500 million elements would reserve 2 GB for any.
     """
-    bucket = min(500_000_000, parameters)
+    bucket = min(500_000_000, -(-parameters // 1024) * 1024)  # DeepSpeed asks for an even number
     ours = {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation,

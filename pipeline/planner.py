@@ -10,7 +10,9 @@ from vitscale.pipeline.config import Config, flatten, to_dict
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.loader import LoaderSettings
 from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.finetune import check_architecture
 from vitscale.pipeline.schedule import parse_duration
+from vitscale.pipeline.weights import open_trained
 
 # settings that may change when a run goes on: they leave its samples and its mathematics alone
 HARMLESS = ("run.dir", "run.log_every", "data.", "engine.", "checkpoint.", "eval.", "init_from")
@@ -18,7 +20,7 @@ HARMLESS = ("run.dir", "run.log_every", "data.", "engine.", "checkpoint.", "eval
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. Durations are in steps; `resume` is the checkpoint that it goes on from."""
+    """A checked run. Durations are in steps."""
 
     config: Config
     train: Store
@@ -30,8 +32,6 @@ class Plan:
     cooldown: int
     save_every: int
     eval_every: int
-    resume: Path | None
-    warnings: list[str]
 
     @property
     def loader(self) -> LoaderSettings:
@@ -72,7 +72,9 @@ def plan(config: Config, world_size: int) -> Plan:
     def within(setting: str, text: str) -> int:
         return parse_duration(text, setting, **lengths, total=steps)
 
-    resume, warnings = find_resume(config, train.fingerprint)
+    if config.init_from:
+        check_architecture(model, open_trained(config.init_from, "init_from"))
+    find_resume(config, train.fingerprint)
     return Plan(
         config=config,
         train=train,
@@ -84,8 +86,6 @@ def plan(config: Config, world_size: int) -> Plan:
         cooldown=within("schedule.cooldown", config.schedule.cooldown),
         save_every=within("checkpoint.every", config.checkpoint.every),
         eval_every=within("eval.every", config.eval.every),
-        resume=resume,
-        warnings=warnings,
     )
 
 

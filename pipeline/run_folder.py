@@ -31,7 +31,7 @@ def run_lock(folder: Path, world: World) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / ".lock").open("w")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
         except BlockingIOError:
             error = UserError(
                 "run.dir", f"{folder}, in use by another run", "a folder of its own", "Wait, or choose one."

@@ -15,7 +15,7 @@ def parse_duration(text: str, setting: str, *, samples: int, global_batch: int, 
     An epoch is `samples // global_batch` steps. Raises `UserError` naming `setting` for anything else.
     """
     match = DURATION.fullmatch(text.strip())
-    if not match or (match["unit"] == "%" and total is None):
+    if not match or not math.isfinite(float(match["number"])) or (match["unit"] == "%" and total is None):
         units = "steps (500), epochs (90ep) or examples (1e6ex)" + ("" if total is None else " or percent (5%)")
         raise UserError(setting, repr(text), f"a duration in {units}", "Write a number and its unit, such as 90ep.")
     number, unit = float(match["number"]), match["unit"]

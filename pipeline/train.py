@@ -1,6 +1,7 @@
 """The training loop: pretraining and fine-tuning alike."""
 
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,27 +12,30 @@ from vitscale.pipeline.config import to_dict, to_yaml
 from vitscale.pipeline.console import OUT, Advance, progress, say
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.loader import EvaluationView, TrainingView, evaluation_batches, training_batches
-from vitscale.pipeline.distributed import World
+from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.engine import Engine
 from vitscale.pipeline.evaluation.classification import classification
 from vitscale.pipeline.finetune import initialise_from
 from vitscale.pipeline.metrics import Meter, MetricsLog, Timed
 from vitscale.pipeline.objectives.supervised import Supervised
-from vitscale.pipeline.planner import Plan
+from vitscale.pipeline.planner import Plan, find_resume
 from vitscale.pipeline.run_folder import run_lock, versions, write_environment
 from vitscale.pipeline.schedule import lr_factor
 from vitscale.pipeline.weights import describe, open_trained
 
 
 def train(plan: Plan, world: World) -> None:
-    """Train to the last step, going on from `plan.resume` if there is one. Every rank calls it."""
-    first = checkpoint.read_state(plan.resume)["step"] if plan.resume else 0
+    """Train to the last step, going on from the newest sound checkpoint of the run. Every rank calls it."""
     with run_lock(plan.folder, world):
+        resume, warnings = gather(find_resume(plan.config, plan.train.fingerprint))[0]
+        first = checkpoint.read_state(resume)["step"] if resume else 0
         if world.main:
-            announce(plan, world, first)
+            for warning in warnings:
+                say(f"passed over: {warning}")
+            announce(plan, world, resume, first)
         if first == plan.steps:
             return
-        engine = build_engine(plan, world)
+        engine = build_engine(plan, world, resume)
         log = open_log(plan, world, first) if world.main else None
         run_steps(plan, world, engine, first, log)
         if log:
@@ -75,11 +79,11 @@ def due(done: int, every: int, total: int) -> bool:
     return done == total or (every > 0 and done % every == 0)
 
 
-def build_engine(plan: Plan, world: World) -> Engine:
+def build_engine(plan: Plan, world: World, resume: Path | None) -> Engine:
     """The network with its initial, pretrained or resumed weights, in the engine."""
     config, network = plan.config, VisionTransformer(plan.model, seed=plan.config.run.seed)
-    if plan.resume:
-        network.load_state_dict(dict(checkpoint.read_weights(plan.resume, "model.")))
+    if resume:
+        network.load_state_dict(dict(checkpoint.read_weights(resume, "model.")))
     elif config.init_from:
         notes = initialise_from(network, open_trained(config.init_from, "init_from"))
         for note in notes if world.main else []:
@@ -87,8 +91,8 @@ def build_engine(plan: Plan, world: World) -> Engine:
     objective = Supervised(network, plan.preprocess, config.objective.label_smoothing)
     accumulation = order.accumulation(config.train.global_batch, world.size, config.engine.micro_batch)
     engine = Engine(objective, config.engine, config.optim, world, accumulation)
-    if plan.resume:
-        checkpoint.restore(plan.resume, engine)
+    if resume:
+        checkpoint.restore(resume, engine)
     return engine
 
 
@@ -116,10 +120,8 @@ def state(plan: Plan, world: World, step: int) -> dict[str, Any]:
     }
 
 
-def announce(plan: Plan, world: World, first: int) -> None:
+def announce(plan: Plan, world: World, resume: Path | None, first: int) -> None:
     """Say what is about to happen, in a few lines."""
-    for warning in plan.warnings:
-        say(f"passed over: {warning}")
     config, model = plan.config, plan.model
     if first == plan.steps:
         return say(f"already trained to step {first} of {plan.steps}: {plan.folder}")
@@ -131,8 +133,8 @@ def announce(plan: Plan, world: World, first: int) -> None:
         f" ({len(plan.train) % config.train.global_batch} images of each epoch left out, other ones each time)"
     )
     say(f"{world.size} ranks on {world.device.type}, ZeRO-{config.engine.zero_stage}, {config.engine.dtype}")
-    if plan.resume:
-        say(f"going on from step {first}: {plan.resume}")
+    if resume:
+        say(f"going on from step {first}: {resume}")
     return None
 
 

@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up everything they need in .venv; Python ≥ 3.11 is all that must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+LINKS := data_prep launch model pipeline
+
+.PHONY: demo demo-clean test test-slow lint clean
+demo: .venv/demo
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh demo
+
+demo-clean:
+	rm -rf demo
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/test
+	$(BIN)/pytest -m slow
+
+lint: .venv/test .types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+clean: demo-clean
+	rm -rf .venv .types build *.egg-info
+
+# The environment: exact versions from constraints.txt, one extra a stamp
+.venv/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitscale needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv || { echo "No venv module: apt-get install python3-venv"; rm -rf .venv; exit 1; }
+
+.venv/torch: .venv/bin/pip constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	touch $@
+
+.venv/demo .venv/test: .venv/%: .venv/torch pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+# What the type checker reads: the folders under the names by which they are imported
+.types: Makefile
+	rm -rf $@
+	mkdir -p $@/vitscale
+	for folder in $(LINKS); do ln -s ../../$$folder $@/vitscale/$$folder; done
+	for file in vitscale/*.py; do ln -s ../../$$file $@/$$file; done
