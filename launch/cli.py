@@ -114,8 +114,14 @@ def shard(
 
     config = compose_overrides(ShardConfig, overrides or [])
     with progress("sharding") as advance:
-        result = run(source, out, config, lambda step, done, total: advance(done, total, step))
-    say(str(result))
+        made = run(source, out, config, lambda step, done, total: advance(done, total, step))
+    if made["already_complete"]:
+        say(f"{out} holds these images already")
+    size = f"{made['bytes'] / 1e6:,.1f} MB in {made['shards']} shards"
+    say(f"{out}: {made['samples']:,} images of {len(made['classes'])} classes, {size}")
+    if made["rejected"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in made["rejected"].items())
+        say(f"rejected: {reasons}; each named in {Path(out) / 'rejected.csv'}")
 
 
 @app.command()
@@ -132,11 +138,12 @@ def verify(
     from vitscale.pipeline.console import progress, say
 
     with progress("verifying") as advance:
-        report = run(dataset, lambda step, done, total: advance(done, total, step))
-    for problem in report.problems[:20]:
+        found = run(dataset, lambda step, done, total: advance(done, total))
+    for problem in found.problems:
         say(problem)
-    say(str(report))
-    if report.problems:
+    verdict = f"{len(found.problems)} problems" if found.problems else "sound"
+    say(f"{dataset}: {found.shards} shards, {found.samples:,} images: {verdict}")
+    if found.problems:
         raise typer.Exit(1)
 
 
@@ -189,13 +196,14 @@ def _run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: in
     """Do `work(world)` in this process, or in `nproc` new ones after `check` found nothing against it."""
     from vitscale.launch.local import check_processes, die_with_launcher, launch, under_launcher
 
-    if nproc > 1 and not under_launcher():
+    if not under_launcher():
         check_processes(nproc, device)
-        check()
-        code = launch(sys.argv[1:], nproc)
-        if code:
-            raise typer.Exit(code)
-        return
+        if nproc > 1:
+            check()
+            code = launch(sys.argv[1:], nproc)
+            if code:
+                raise typer.Exit(code)
+            return
     from vitscale.pipeline.distributed import join, leave
 
     die_with_launcher()
@@ -249,9 +257,11 @@ def predict(
     Example: `vitscale predict exported cat.jpg dog.png`
     """
     from vitscale.pipeline.console import say
-    from vitscale.pipeline.inference import load
+    from vitscale.pipeline.inference import Classifier
+    from vitscale.pipeline.weights import open_trained
 
-    for file, prediction in zip(files, load(trained).predict(files, top), strict=True):
+    classifier = Classifier(open_trained(trained, "EXPORT"))
+    for file, prediction in zip(files, classifier.predict(files, top), strict=True):
         rows = zip(prediction.classes, prediction.probabilities, strict=True)
         say(f"{file}: " + "  ".join(f"{name} {probability:.1%}" for name, probability in rows))
 

@@ -55,8 +55,9 @@ def join(device: str = "auto") -> World:
 
 
 def leave() -> None:
-    """Leave the process group, if joined."""
+    """Leave the process group, if joined, once every rank got this far."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

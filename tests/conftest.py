@@ -38,6 +38,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     return Digits(root / "images" / "train", root / "images" / "test", root / "train", root / "test")
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of example data, named by VITSCALE_SHARED_DATA or beside the repository."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("VITSCALE_SHARED_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no example data: {folder} is missing (set VITSCALE_SHARED_DATA)")
+    return folder
+
+
 @pytest.fixture
 def ranks(tmp_path: Path) -> Callable[..., Any]:
     """`ranks(__file__, "function", size, *arguments)`: run function(world, *arguments) on `size` gloo processes.

@@ -134,6 +134,7 @@ def _batches(
         collate_fn=_Collate(settings.micro_batch, view.size),
         num_workers=settings.workers,
         pin_memory=cuda,
+        generator=torch.Generator(),  # its own: the global one belongs to the model's dropout
     )
     for batch in loader:
         if isinstance(batch, UserError):

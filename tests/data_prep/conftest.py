@@ -18,16 +18,6 @@ MakeFolder = Callable[..., Path]
 MakeParquet = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of example data, named by VITSCALE_SHARED_DATA or beside the repository."""
-    beside = Path(__file__).parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("VITSCALE_SHARED_DATA", beside))
-    if not folder.is_dir():
-        pytest.skip(f"no example data: {folder} is missing (set VITSCALE_SHARED_DATA)")
-    return folder
-
-
 def _picture(seed: int = 0, height: int = 20, width: int = 28) -> np.ndarray:
     """A smooth colour gradient, so that JPEG keeps it closely; its corners differ, so that no turn goes unseen."""
     random = np.random.default_rng(seed)
