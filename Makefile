@@ -29,7 +29,7 @@ clean: demo-clean
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitscale needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv || { echo "No venv module: apt-get install python3-venv"; rm -rf .venv; exit 1; }
 
-.venv/torch: .venv/bin/pip constraints.txt
+.venv/torch: constraints.txt | .venv/bin/pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	touch $@
 

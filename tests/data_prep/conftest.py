@@ -1,7 +1,6 @@
 """Pictures and sources small enough to make in each test."""
 
 import json
-import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
