@@ -12,7 +12,7 @@ from pathlib import Path
 from vitscale.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_USER_ERROR = 2
 
 
 def under_launcher() -> bool:
@@ -31,7 +31,9 @@ def launch(command: list[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     config = LaunchConfig(
@@ -45,14 +47,17 @@ def launch(command: list[str], processes: int) -> int:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "vitscale.launch.cli", *command)
+        # -P: like the console script, do not import from the working directory
+        elastic_launch(config, sys.executable)("-P", "-m", "vitscale.launch.cli", *command)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        told = failure.message if isinstance(failure.message, str) else failure.message["message"]
-        print(told, file=sys.stderr)
+        rank, failure = error.get_first_failure()
+        if isinstance(failure.message, dict):  # written by `report_failure`
+            print(failure.message["message"], file=sys.stderr)
+        else:
+            print(f"error: rank {rank} ended: {failure.message}. Run the same command again to go on.", file=sys.stderr)
         return EXIT_USER_ERROR if failure.exitcode == EXIT_USER_ERROR else 1
     except SignalException:
-        return EXIT_INTERRUPTED
+        raise KeyboardInterrupt from None
     return 0
 
 

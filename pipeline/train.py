@@ -9,7 +9,7 @@ import torch
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.config import to_dict, to_yaml
-from vitscale.pipeline.console import OUT, Advance, progress, say
+from vitscale.pipeline.console import OUT, progress, say
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.loader import EvaluationView, TrainingView, evaluation_batches, training_batches
 from vitscale.pipeline.distributed import World, gather
@@ -50,7 +50,7 @@ def run_steps(plan: Plan, world: World, engine: Engine, first: int, log: Metrics
     batches = Timed(training_batches(
         plan.train, view, plan.loader, world, seed=config.run.seed, global_batch=size, steps=range(first, plan.steps)
     ))  # fmt: skip
-    meter = Meter(batches, first)
+    meter, text = Meter(batches, first), ""
     with progress("training", shown=world.main) as advance:
         for step in range(first, plan.steps):
             torch.manual_seed((config.run.seed * 1_000_003 + step) * world.size + world.rank)  # dropout
@@ -61,7 +61,8 @@ def run_steps(plan: Plan, world: World, engine: Engine, first: int, log: Metrics
             means = engine.train_step(islice(batches, engine.accumulation), size, lr)
             done = step + 1
             if due(done, config.run.log_every, plan.steps) and log:
-                report(plan, log, done, {**means, "lr": lr, **meter.read(done, size)}, advance, meter)
+                text = write_row(plan, log, done, {**means, "lr": lr, **meter.read(done, size)}, meter)
+            advance(done, plan.steps, text)
             if plan.val and due(done, plan.eval_every, plan.steps):
                 values = evaluate(plan, world, engine)
                 if log:
@@ -145,14 +146,14 @@ def open_log(plan: Plan, world: World, first: int) -> MetricsLog:
     return MetricsLog(plan.folder, first)
 
 
-def report(plan: Plan, log: MetricsLog, done: int, row: dict[str, float], advance: Advance, meter: Meter) -> None:
-    """Log a row, and show it on the progress bar or, without a terminal, as a line now and then."""
+def write_row(plan: Plan, log: MetricsLog, done: int, row: dict[str, float], meter: Meter) -> str:
+    """Log a row; returns it as text for the progress bar, and without a terminal prints it now and then."""
     log.write(done, "train", **row)
-    seconds_left = (plan.steps - done) * plan.config.train.global_batch / row["images_per_s"]
     text = (
         f"loss {row['loss']:.4f}  top-1 {row['top1']:.1%}  lr {row['lr']:.2e}  {row['images_per_s']:,.0f} images/s"
         f"  data wait {row['data_wait']:.0%}"
     )
-    advance(done, plan.steps, text)
     if not OUT.is_terminal and (meter.line_due() or done == plan.steps):
+        seconds_left = (plan.steps - done) * plan.config.train.global_batch / row["images_per_s"]
         say(f"step {done}/{plan.steps}  {text}  ETA {seconds_left:.0f} s")
+    return text

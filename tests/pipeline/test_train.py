@@ -102,6 +102,22 @@ def test_ranks_end_with_their_launcher(digits: Any, tmp_path: Path) -> None:
     assert "of another recipe (train.duration" in said.stderr
 
 
+def test_a_killed_rank_ends_the_run_and_is_named(digits: Any, tmp_path: Path) -> None:
+    """One rank killed with -9, as the kernel does when memory runs out: the others are ended, and one line says why."""
+    folder = tmp_path / "run"
+    command = words(digits, folder, "--nproc", "2", "train.duration=2000")
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(folder / "checkpoints" / "step-00000004", running)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    victim = next(child for child in children if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes())
+    os.kill(int(victim), signal.SIGKILL)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert len(said.strip().splitlines()) == 1, said
+    assert "error: rank " in said
+    assert "SIGKILL" in said
+
+
 def wait_for(path: Path, running: subprocess.Popen) -> None:
     """Until `path` is there; fails if the process ends first or a minute goes by."""
     for _ in range(1200):
