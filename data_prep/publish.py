@@ -24,11 +24,17 @@ def publish(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         os.unlink(partial)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
+def publish_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all. Raises OSError."""
+    with publish(path) as file:
+        file.write(text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

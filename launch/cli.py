@@ -43,12 +43,10 @@ class SettingsCommand(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        from vitscale.pipeline.config import flatten, to_dict
+        from vitscale.pipeline.config import explain
 
         print("Settings, as SETTING=VALUE, with their defaults:\n")
-        for key, value in flatten(to_dict(settings_of(str(ctx.info_name)))).items():
-            print(f"  {key}={'null' if value is None else value}")
-        print()
+        print(explain(settings_of(str(ctx.info_name))))
 
 
 def stage(function: Callable[..., None]) -> Callable[..., None]:
@@ -239,7 +237,9 @@ def evaluate(
         if world.main:
             evaluation.write_results(results, path)
             say(f"{trained.path} on {dataset}: top-1 {results['top1']:.2%}  top-5 {results['top5']:.2%}")
-            say(f"{results['images']:,} images; confusion matrix in {path}")
+            for line in evaluation.confusion_lines(results):
+                say(line)
+            say(f"{results['images']:,} images; all of this in {path}")
 
     _run_ranks(work, lambda: evaluation.check(checkpoint, dataset) and None, nproc, device)
 

@@ -21,11 +21,12 @@ fi
 for split in train test; do
   run vitscale shard "$demo/images/$split" "$demo/shards/$split" "split=$split"
 done
+processes=$(python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 data=("data.train=$demo/shards/train" "data.val=$demo/shards/test")
-run vitscale pretrain digits-demo "${data[@]}" "run.dir=$demo/pretrain" --nproc 2
-run vitscale finetune digits-demo-finetune "init_from=$demo/pretrain" "${data[@]}" "run.dir=$demo/finetune" --nproc 2
-run vitscale evaluate "$demo/pretrain" "$demo/shards/test" --nproc 2
-run vitscale evaluate "$demo/finetune" "$demo/shards/test" --nproc 2
+run vitscale pretrain digits-demo "${data[@]}" "run.dir=$demo/pretrain" --nproc "$processes"
+run vitscale finetune digits-demo-finetune "init_from=$demo/pretrain" "${data[@]}" "run.dir=$demo/finetune" --nproc "$processes"
+run vitscale evaluate "$demo/pretrain" "$demo/shards/test" --nproc "$processes"
+run vitscale evaluate "$demo/finetune" "$demo/shards/test" --nproc "$processes"
 if [ -d "$demo/export" ]; then
   printf '\n%s is there already\n' "$demo/export"
 else

@@ -81,7 +81,7 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The recipe's `model:` section: a named architecture, and what differs from it (null: as named)."""
+    """`model:` – a named architecture, and what differs from it (null: as named). Image and patch in px."""
 
     name: str = "vit_base_patch16_224"
     img_size: int | None = None

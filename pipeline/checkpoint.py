@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vitscale.data_prep.publish import publish_text, sync_folder
 from vitscale.errors import UserError
 from vitscale.pipeline.distributed import World, agree, gather
 from vitscale.pipeline.engine import Engine, Fragment
@@ -56,10 +57,9 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], world: World, keep
     if world.main:
         try:
             index = {"format": FORMAT, "tensors": engine.shapes, "files": files}
-            _write_json(hidden / "index.json", index)
-            _write_json(hidden / "state.json", {"format": FORMAT, **state})
+            publish_text(hidden / "index.json", json.dumps(index, indent=1))
+            publish_text(hidden / "state.json", json.dumps({"format": FORMAT, **state}, indent=1))
             shutil.rmtree(folder / name, ignore_errors=True)  # a damaged one that was passed over
-            sync_folder(hidden)
             hidden.rename(folder / name)
             sync_folder(folder)
             for old in checkpoints(folder)[keep:]:
@@ -196,15 +196,6 @@ class Shard:
         return self._file.get_slice(key)[low:high]
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _agree_or_clean(error: UserError | None, folder: Path, world: World) -> None:
     try:
         agree(error)
@@ -229,13 +220,6 @@ def _write_rank_file(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

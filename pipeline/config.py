@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -125,7 +126,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """`schedule:` – the learning rate over the steps. Durations: `500` steps, `5ep` epochs, `1e6ex` examples, `5%`."""
+    """`schedule:` – the learning rate over the steps.
+
+    `kind`: `cosine`, `linear`, `rsqrt` (with `timescale` steps) or `constant`, after a linear warm-up and with a linear
+    cool-down. Durations are `500` steps, `5ep` epochs, `1e6ex` examples or `5%` of all steps.
+    """
 
     kind: str = "cosine"
     warmup: str = "5%"
@@ -225,6 +230,19 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dicts of a config dataclass."""
     return dataclasses.asdict(config)
+
+
+def explain(defaults: Any, prefix: str = "") -> str:
+    """Every setting with its default, a line each, under what the docstring of its section says."""
+    yaml_words = {"None": "null", "True": "true", "False": "false"}
+    lines, sections = [inspect.cleandoc(defaults.__doc__), ""], []
+    for item in dataclasses.fields(defaults):
+        value, key = getattr(defaults, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            sections.append(explain(value, f"{key}."))
+        else:
+            lines.append(f"  {key}={yaml_words.get(str(value), value)}")
+    return "\n".join([*lines, "", *sections])
 
 
 def to_yaml(config: Config) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from vitscale.data_prep.publish import publish_text, sync_folder
 from vitscale.errors import UserError
 from vitscale.model.vit import VisionTransformer
-from vitscale.pipeline.checkpoint import sync_folder
 from vitscale.pipeline.run_folder import versions
 from vitscale.pipeline.weights import EXPORT_FORMAT, describe, open_trained
 
@@ -34,14 +34,12 @@ def export(source: str, out: str) -> float:
         save_file(network.state_dict(), partial / "model.safetensors")
         description = describe(trained.model, trained.classes, trained.preprocess)
         config = {"format": EXPORT_FORMAT, **description, "origin": trained.origin, "versions": versions()}
-        (partial / "config.json").write_text(json.dumps(config, indent=1))
+        publish_text(partial / "config.json", json.dumps(config, indent=1))
         difference = largest_difference(network, open_trained(str(partial), "OUT").load())
         if difference > 0:  # the same float32 weights in the same network
             raise UserError("OUT", f"logits that differ by {difference:.2e}", "the source's logits", "Export again.")
-        for file in partial.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        sync_folder(partial)
+        with (partial / "model.safetensors").open("rb") as file:
+            os.fsync(file.fileno())
         partial.rename(target)
         sync_folder(target.parent)
     except OSError as error:

@@ -1,11 +1,12 @@
 """The log of a run: `metrics.jsonl`, one JSON object a line, TensorBoard events with the same numbers, and rates."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from vitscale.data_prep.publish import publish_text
 
 PLAIN_LINE_EVERY = 5.0  # seconds between lines where there is no terminal for a progress bar
 
@@ -21,9 +22,7 @@ class MetricsLog:
 
         path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(folder) if row["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, path)
+        publish_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from PIL import Image
 
 from vitscale.data_prep.decode import decode_rgb
+from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
 from vitscale.pipeline.checkpoint import checkpoints
 from vitscale.pipeline.config import Config, flatten, to_dict
@@ -60,10 +61,8 @@ def write_report(runs: list[Path], out: Path, commands: Path | None) -> None:
     template = Environment(
         loader=PackageLoader("vitscale.pipeline"), autoescape=select_autoescape(), undefined=StrictUndefined
     ).get_template("report.html")
-    partial = out.with_suffix(".partial")
     try:
-        partial.write_text(template.render(pages=pages, commands=lines), encoding="utf-8")
-        partial.replace(out)
+        publish_text(out, template.render(pages=pages, commands=lines))
     except OSError as error:
         raise UserError("--out", str(error), "a file that can be written", "Choose another.") from error
 

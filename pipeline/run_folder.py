@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
 from vitscale.pipeline.distributed import World, agree
 
@@ -76,9 +77,7 @@ def write_environment(folder: Path, world: World) -> None:
     """Add this start to `environment.json`, a list of every start of the run, the newest last."""
     path = folder / "environment.json"
     starts = json.loads(path.read_text()) if path.exists() else []
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([*starts, environment(world)], indent=1))
-    partial.replace(path)
+    publish_text(path, json.dumps([*starts, environment(world)], indent=1))
 
 
 def commit() -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vitscale.data_prep.publish import publish_text
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.config import to_dict, to_yaml
@@ -141,7 +142,7 @@ def announce(plan: Plan, world: World, resume: Path | None, first: int) -> None:
 
 def open_log(plan: Plan, world: World, first: int) -> MetricsLog:
     """Write the recipe and the environment into the run's folder, and open its log at step `first`."""
-    (plan.folder / "recipe.yaml").write_text(to_yaml(plan.config))
+    publish_text(plan.folder / "recipe.yaml", to_yaml(plan.config))
     write_environment(plan.folder, world)
     return MetricsLog(plan.folder, first)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
 from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, evaluation_batches
 from vitscale.pipeline.data.store import Store
@@ -12,6 +13,8 @@ from vitscale.pipeline.evaluation.classification import classification
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.planner import check_classes
 from vitscale.pipeline.weights import Trained, open_trained
+
+MOST_SHOWN_CLASSES = 20
 
 
 def check(source: str, dataset: str) -> tuple[Trained, Store]:
@@ -29,13 +32,23 @@ def evaluate(trained: Trained, store: Store, settings: LoaderSettings, world: Wo
     return {"origin": trained.origin, "dataset": store.describe(), "classes": trained.classes, **results}
 
 
+def confusion_lines(results: dict[str, Any]) -> list[str]:
+    """The confusion matrix as text, a class a line, if there are few enough classes for a terminal."""
+    classes, matrix = results["classes"], results["confusion"]
+    if len(classes) > MOST_SHOWN_CLASSES:
+        return []
+    width = max(len(str(max(map(max, matrix)))), 4)
+    label = max(len(name) for name in classes)
+    rows = [f"{name:>{label}} " + "".join(f"{count or '.':>{width}}" for count in row)
+            for name, row in zip(classes, matrix, strict=True)]  # fmt: skip
+    return ["images of a class (row) taken for each class (column, in the same order):", *rows]
+
+
 def write_results(results: dict[str, Any], path: Path) -> None:
     """Write results as JSON, whole or not at all. Raises `UserError` if that fails."""
-    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(results, indent=1))
-        partial.replace(path)
+        publish_text(path, json.dumps(results, indent=1))
     except OSError as error:
         raise UserError("--out", f"{error}", "a file that can be written", "Choose another.") from error
 
