@@ -56,6 +56,8 @@ def initialise(model: VisionTransformer, seed: int) -> None:
     (class token, classifier, other biases) or one (norm scales).
     """
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:  # a shape without memory: weights are put in later
+            continue
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         fan_in = parameter[0].numel()

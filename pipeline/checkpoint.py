@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,16 @@ from vitscale.pipeline.engine import Engine, Fragment
 
 FORMAT = 1
 FOLDER = re.compile(r"step-(\d{8,})")
+RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 Range = tuple[int, int, "Shard", str]  # start, stop, file, key
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `index.json` holds: the shape of every parameter, and the sha256 of every file."""
+
+    shapes: dict[str, list[int]]
+    files: dict[Path, str]
 
 
 def save(folder: Path, engine: Engine, state: dict[str, Any], world: World, keep: int) -> Path:
@@ -95,16 +105,21 @@ def read_state(path: Path) -> dict[str, Any]:
     return _read_json(path / "state.json")
 
 
-def read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> Index:
     """`index.json` of a checkpoint, its files checked for presence and size. Raises `UserError`."""
     index = _read_json(path / "index.json")
-    for row in index["files"]:
-        file = path / row["file"]
+    try:
+        files = [(RANK_FILE.fullmatch(row["file"])[0], row["bytes"], row["sha256"]) for row in index["files"]]
+        shapes = {str(name): [int(side) for side in shape] for name, shape in index["tensors"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path / "index.json", repr(error), "rank files and shapes") from error
+    for name, expected, _ in files:
+        file = path / name
         size = file.stat().st_size if file.is_file() else None
-        if size != row["bytes"]:
+        if size != expected:
             found = "no such file" if size is None else f"{size} bytes"
-            raise _damaged(file, found, f"{row['bytes']} bytes")
-    return index
+            raise _damaged(file, found, f"{expected} bytes")
+    return Index(shapes, {path / name: sha256 for name, _, sha256 in files})
 
 
 def restore(path: Path, engine: Engine) -> None:
@@ -142,16 +157,20 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         index = read_index(path)
-        self.shapes: dict[str, list[int]] = index["tensors"]
+        self.shapes = index.shapes
         self._ranges: dict[tuple[str, str], list[Range]] = {}
-        for row in index["files"]:
-            shard = Shard(path / row["file"], row["sha256"])
+        for file, sha256 in index.files.items():
+            shard = Shard(file, sha256)
             for key in shard.ranges():
                 name, kind, start = key.split("|")
                 stop = int(start) + shard.length(key)
                 self._ranges.setdefault((name, kind), []).append((int(start), stop, shard, key))
         for parts in self._ranges.values():
             parts.sort(key=lambda part: part[0])
+        for name, shape in self.shapes.items():  # before memory is asked for what a shape merely claims
+            held = max((part[1] for part in self._ranges.get((name, "weight"), [])), default=0)
+            if held != math.prod(shape):
+                raise _damaged(path / "index.json", f"{name} of shape {shape}", f"the {held} elements held")
 
     def fill(self, name: str, kind: str, start: int, out: Tensor) -> None:
         """Copy elements `start` … of the flattened tensor into the 1-D `out`, all of it."""

@@ -34,9 +34,14 @@ class Trained:
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
 
     def load(self) -> VisionTransformer:
-        """The network with these weights, in evaluation mode, on the CPU."""
-        network = VisionTransformer(self.model)
-        network.load_state_dict(dict(self.tensors()))
+        """The network with these weights, in evaluation mode, on the CPU. Raises `UserError` if they do not fit it."""
+        with torch.device("meta"):  # no memory for what a file merely claims to hold
+            network = VisionTransformer(self.model)
+        try:
+            network.load_state_dict(dict(self.tensors()), assign=True)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise UserError("weights", f"{self.path}: {said}", "weights of its architecture", "Use another.") from error
         return network.eval()
 
 
@@ -55,7 +60,7 @@ def open_trained(path: str, setting: str) -> Trained:
             raise UserError(setting, f"{path}: {found}", "a run with a sound checkpoint", "Train it first.")
         folder = newest
     if (folder / "state.json").is_file():
-        return _open_checkpoint(folder)
+        return _open_checkpoint(folder, setting)
     found = "a folder without checkpoints" if folder.is_dir() else "no such folder"
     raise UserError(setting, f"{path}: {found}", "a run, a checkpoint or an export", "Check the path.")
 
@@ -65,11 +70,13 @@ def describe(model: ViTConfig, classes: list[str], preprocess: Preprocess) -> di
     return {"model": vars(model), "classes": classes, "preprocess": vars(preprocess)}
 
 
-def _open_checkpoint(folder: Path) -> Trained:
+def _open_checkpoint(folder: Path, setting: str) -> Trained:
     state = checkpoint.read_state(folder)
     checkpoint.read_index(folder)
-    origin = {"checkpoint": str(folder), "step": state["step"], "dataset": state["dataset"]["fingerprint"]}
-    return _trained(folder, state, origin, lambda: checkpoint.read_weights(folder, "model."))
+    if isinstance(state.get("dataset"), dict):
+        dataset = state["dataset"].get("fingerprint")
+        state["origin"] = {"checkpoint": str(folder), "step": state.get("step"), "dataset": dataset}
+    return _trained(setting, folder, state, lambda: checkpoint.read_weights(folder, "model."))
 
 
 def _open_export(folder: Path, setting: str) -> Trained:
@@ -83,16 +90,26 @@ def _open_export(folder: Path, setting: str) -> Trained:
         raise UserError(
             setting, f"{folder}: {error!r}", "a folder written by `vitscale export`", "Export it again."
         ) from error
-    return _trained(folder, config, config["origin"], lambda: _read_safetensors(folder / "model.safetensors"))
+    return _trained(setting, folder, config, lambda: _read_safetensors(folder / "model.safetensors"))
 
 
 def _trained(
-    folder: Path, described: dict, origin: dict[str, Any], tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    setting: str,
+    folder: Path,
+    described: dict,
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]],
 ) -> Trained:
-    numbers = {key: tuple(v) if isinstance(v, list) else v for key, v in described["preprocess"].items()}
-    return Trained(
-        folder, ViTConfig(**described["model"]), described["classes"], Preprocess(**numbers), origin, tensors
-    )
+    try:
+        numbers = {key: tuple(v) if isinstance(v, list) else v for key, v in described["preprocess"].items()}
+        model, preprocess = ViTConfig(**described["model"]), Preprocess(**numbers)
+        classes, origin = [str(name) for name in described["classes"]], dict(described["origin"])
+        if len(classes) != model.num_classes:
+            raise ValueError(f"{len(classes)} class names for {model.num_classes} outputs")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            setting, f"{folder}: {error!r}", "architecture, classes and preprocessing", "Use another one."
+        ) from error
+    return Trained(folder, model, classes, preprocess, origin, tensors)
 
 
 def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
