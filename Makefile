@@ -27,7 +27,8 @@ clean: demo-clean
 # The environment: exact versions from constraints.txt, one extra a stamp
 .venv/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitscale needs Python 3.11 or newer: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv || { echo "No venv module: apt-get install python3-venv"; rm -rf .venv; exit 1; }
+	$(PYTHON) -m venv .venv 2>/dev/null || { \
+		$(PYTHON) -m venv --clear --without-pip .venv && .venv/bin/python .ci/get_pip.py; } || { rm -rf .venv; exit 1; }
 
 .venv/torch: constraints.txt | .venv/bin/pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch

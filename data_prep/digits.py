@@ -18,21 +18,23 @@ def write_digits(out: Path) -> dict[str, int]:
     """Write `OUT/{train,test}/{0 … 9}/NNNN.png`; returns the number of images of each split.
 
     Image number i goes to the test split if its place in a fixed shuffle is in the last fifth, and has side
-    `SIDES[i % 3]`. Files that are there already are written again, to the same bytes.
+    `SIDES[i % 3]`. `out` appears when all are written.
     """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
+    partial = out.with_name(f"{out.name}.partial")
     order = np.argsort(np.random.Philox(key=0).random_raw(len(digits.images)), kind="stable")
     test = set(order[round(TRAIN_SHARE * len(order)) :].tolist())
     counts = {"train": 0, "test": 0}
     for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         split = "test" if i in test else "train"
-        folder = out / split / str(label)
+        folder = partial / split / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
         grey.resize((SIDES[i % 3],) * 2, Image.Resampling.BICUBIC).save(folder / f"{i:04d}.png")
         counts[split] += 1
+    partial.rename(out)
     return counts
 
 

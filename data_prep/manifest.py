@@ -83,7 +83,7 @@ class Dataset:
 class ShardSamples:
     """The samples of one shard, in its order: keys, and arrays (samples,) of labels, byte offsets and byte lengths."""
 
-    keys: list[str]
+    keys: Sequence[str]
     labels: np.ndarray  # int32
     offsets: np.ndarray  # int64
     lengths: np.ndarray  # int64
@@ -137,7 +137,8 @@ def read_info(folder: Path, setting: str) -> dict[str, Any]:
 def read_dataset(path: str | Path, setting: str = "DATASET", check_files: bool = True) -> Dataset:
     """Read dataset.json and the index. Paths and errors are the user's: `setting` names what led here.
 
-    `check_files` makes sure that every shard and sidecar is there and every tar of the indexed size. Raises `UserError`
+    `check_files` makes sure that the two agree, and that every shard and sidecar is there and every tar of the indexed
+    size. Raises `UserError`
     where the folder is missing, empty, unfinished, damaged, or of a newer schema version.
     """
     folder = Path(path)
@@ -148,7 +149,9 @@ def read_dataset(path: str | Path, setting: str = "DATASET", check_files: bool =
         dataset = Dataset(
             folder, info["split"], tuple(info["classes"]), info["samples"], info["fingerprint"], shards, info
         )
-    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+        if check_files and (dataset.samples, dataset.fingerprint) != _totals(shards):
+            raise ValueError("the index is not the one that dataset.json speaks of")
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise UserError(
             setting,
             f"{folder}, with a damaged {INDEX_FILE} or {DATASET_FILE}",
@@ -163,6 +166,10 @@ def read_dataset(path: str | Path, setting: str = "DATASET", check_files: bool =
             "Copy the missing files, or shard again into another folder.",
         )
     return dataset
+
+
+def _totals(shards: Sequence[ShardEntry]) -> tuple[int, str]:
+    return sum(entry.samples for entry in shards), fingerprint(shards)
 
 
 def _is_whole(folder: Path, entry: ShardEntry) -> bool:

@@ -6,6 +6,7 @@ Only typer is imported here; the rest when a stage runs, so that `vitscale --hel
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,8 +61,8 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except UserError as error:
             if kwargs["debug"]:
-                raise
-            report_failure(f"error: {error}")
+                traceback.print_exc()
+            report_failure(f"error: {error}", cause=True)
             _exit(2)
         except KeyboardInterrupt:
             report_failure("interrupted; run the same command again to go on")
@@ -70,7 +71,7 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
             raise
         except Exception as error:
             if kwargs["debug"]:
-                raise
+                traceback.print_exc()
             said = " ".join(str(error).split())
             report_failure(f"internal error: {type(error).__name__}: {said}. `--debug` shows where.")
             _exit(1)
@@ -187,15 +188,18 @@ def _train(name: str, recipe: str, overrides: list[str], nproc: int) -> None:
 
         plan(config, nproc)
 
-    _run_ranks(work, check, nproc, config.engine.device)
+    _run_ranks(work, check, nproc, config.engine.device, "engine.device")
 
 
-def _run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int, device: str) -> None:
-    """Do `work(world)` in this process, or in `nproc` new ones after `check` found nothing against it."""
+def _run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int, device: str, setting: str) -> None:
+    """Do `work(world)` in this process, or in `nproc` new ones after `check` found nothing against it.
+
+    `device` is what the user asked for by `setting`.
+    """
     from vitscale.launch.local import check_processes, die_with_launcher, launch, under_launcher
 
     if not under_launcher():
-        check_processes(nproc, device)
+        check_processes(nproc, device, setting)
         if nproc > 1:
             check()
             code = launch(sys.argv[1:], nproc)
@@ -216,8 +220,8 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A run, a checkpoint or an export.")],
     dataset: Annotated[str, typer.Argument(help="Folder that `vitscale shard` wrote.")],
     out: Annotated[str, typer.Option(help="File of results; '' chooses one in the run's folder.")] = "",
-    micro_batch: Annotated[int, typer.Option(help="Images of one forward on each rank.")] = 64,
-    workers: Annotated[int, typer.Option(help="Loader processes of each rank.")] = 1,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Images of one forward on each rank.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes of each rank.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     nproc: Nproc = 1,
     debug: Debug = False,
@@ -226,12 +230,13 @@ def evaluate(
 
     Example: `vitscale evaluate runs/a shards/test`
     """
+    from vitscale.pipeline.config import require_choice
     from vitscale.pipeline.console import say
     from vitscale.pipeline.data.loader import LoaderSettings
     from vitscale.pipeline.evaluation import stage as evaluation
 
     def work(world: Any) -> None:
-        trained, store = evaluation.check(checkpoint, dataset)
+        trained, store = evaluation.check_alike(checkpoint, dataset)
         path = Path(out) if out else evaluation.results_path(trained, store)
         results = evaluation.evaluate(trained, store, LoaderSettings(micro_batch, workers), world)
         if world.main:
@@ -241,7 +246,11 @@ def evaluate(
                 say(line)
             say(f"{results['images']:,} images; all of this in {path}")
 
-    _run_ranks(work, lambda: evaluation.check(checkpoint, dataset) and None, nproc, device)
+    def check() -> None:
+        evaluation.check(checkpoint, dataset)
+
+    require_choice("--device", device, ("auto", "cpu", "cuda"))
+    _run_ranks(work, check, nproc, device, "--device")
 
 
 @app.command()
@@ -249,7 +258,7 @@ def evaluate(
 def predict(
     trained: Annotated[str, typer.Argument(metavar="EXPORT", help="An export; a run or a checkpoint will do.")],
     files: Annotated[list[str], typer.Argument(help="Image files.")],
-    top: Annotated[int, typer.Option(help="Classes to print for each image.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 3,
     debug: Debug = False,
 ) -> None:
     """Class names and probabilities of image files.
@@ -300,7 +309,7 @@ def report(
     from vitscale.pipeline.report import write_report
 
     path = Path(out) if out else Path(runs[-1]) / "report.html"
-    write_report([Path(run) for run in runs], path, Path(commands) if commands else None)
+    write_report([Path(run) for run in runs], path, commands)
     say(str(path))
 
 

@@ -12,12 +12,18 @@ run() { # print a command as a user would type it, keep it for the report, and r
   "$@"
 }
 
-if [ -f "$demo/images/complete" ]; then
-  printf '\n%s is there already\n' "$demo/images"
-else
-  run python -m vitscale.data_prep.digits "$demo/images"
-  touch "$demo/images/complete"
-fi
+once() { # the same for a command that made the folder $1, unless that is there
+  local made=$1
+  shift
+  if [ -e "$made" ]; then
+    printf '\n%s is there already, from: %s\n' "$made" "$*"
+    printf '%s\n' "$*" >> "$demo/commands.txt"
+  else
+    run "$@"
+  fi
+}
+
+once "$demo/images" python -m vitscale.data_prep.digits "$demo/images"
 for split in train test; do
   run vitscale shard "$demo/images/$split" "$demo/shards/$split" "split=$split"
 done
@@ -27,11 +33,7 @@ run vitscale pretrain digits-demo "${data[@]}" "run.dir=$demo/pretrain" --nproc 
 run vitscale finetune digits-demo-finetune "init_from=$demo/pretrain" "${data[@]}" "run.dir=$demo/finetune" --nproc "$processes"
 run vitscale evaluate "$demo/pretrain" "$demo/shards/test" --nproc "$processes"
 run vitscale evaluate "$demo/finetune" "$demo/shards/test" --nproc "$processes"
-if [ -d "$demo/export" ]; then
-  printf '\n%s is there already\n' "$demo/export"
-else
-  run vitscale export "$demo/finetune" "$demo/export"
-fi
+once "$demo/export" vitscale export "$demo/finetune" "$demo/export"
 samples=("$demo"/images/test/{3,7,9}/*.png)
 run vitscale predict "$demo/export" "${samples[0]}" "${samples[50]}" "${samples[100]}"
 run vitscale report "$demo/pretrain" "$demo/finetune" --commands "$demo/commands.txt" --out "$demo/report.html"

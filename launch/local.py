@@ -67,20 +67,24 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def report_failure(text: str) -> None:
-    """Say why this process fails: to the launcher that waits for it, if it is `launch`, else on stderr."""
+def report_failure(text: str, cause: bool = False) -> None:
+    """Say why this process fails: to the launcher that waits for it, if it is `launch`, else on stderr.
+
+    The launcher tells what the earliest failure said. One that is known to be a `cause`, not the loss of another
+    rank, comes before all others, whose times it knows to the second only.
+    """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        told = {"message": text, "extraInfo": {"timestamp": int(time.time())}}  # the launcher's own form
-        Path(file).write_text(json.dumps({"message": told}))
+        told = {"message": text, "extraInfo": {"timestamp": 0 if cause else int(time.time())}}
+        Path(file).write_text(json.dumps({"message": told}))  # the launcher's own form
     else:
         print(text, file=sys.stderr, flush=True)
 
 
-def check_processes(processes: int, device: str) -> None:
-    """Raise `UserError` if this machine cannot run so many ranks on `device` (`auto`, `cpu` or `cuda`)."""
+def check_processes(processes: int, device: str, setting: str) -> None:
+    """Raise `UserError` if this machine cannot run so many ranks on `device` (`auto`, `cpu`, `cuda`), as `setting`."""
     from vitscale.pipeline.distributed import use_cuda
 
     if processes < 1:
         raise UserError("--nproc", processes, "at least 1 process", "Leave it out for one.")
-    use_cuda(device, processes)
+    use_cuda(device, processes, setting)

@@ -30,6 +30,7 @@ SIZES = {  # Dosovitskiy et al. 2020, table 1 (base, large, huge); Touvron et al
     "large": Size(24, 1024, 4096, 16),
     "huge": Size(32, 1280, 5120, 16),
 }
+MOST_BLOCKS, MOST_SIZE = 1024, 1 << 24  # sanity: sizes may come from files that others made
 NAME = re.compile(r"vit_(?P<size>[a-z]+)_patch(?P<patch>\d+)_(?P<img>\d+)")
 
 
@@ -53,8 +54,9 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         for key in ("img_size", "patch_size", "depth", "width", "mlp_width", "heads", "num_classes"):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.{key}", getattr(self, key), "a whole number of at least 1", "Set a larger one.")
+            value, most = getattr(self, key), MOST_BLOCKS if key == "depth" else MOST_SIZE
+            if not 1 <= value <= most:
+                raise UserError(f"model.{key}", value, f"a whole number from 1 to {most}", "Change it.")
         if self.img_size % self.patch_size:
             lower = max(self.img_size // self.patch_size, 1) * self.patch_size
             raise UserError(

@@ -32,6 +32,7 @@ from vitscale.pipeline.distributed import World, agree, gather
 from vitscale.pipeline.engine import Engine, Fragment
 
 FORMAT = 1
+KEY = re.compile(r"(?P<name>[^|]+)\|(?P<kind>\w+)\|(?P<start>\d+)")
 FOLDER = re.compile(r"step-(\d{8,})")
 RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 Range = tuple[int, int, "Shard", str]  # start, stop, file, key
@@ -48,6 +49,7 @@ class Index:
 def save(folder: Path, engine: Engine, state: dict[str, Any], world: World, keep: int) -> Path:
     """Write the checkpoint of `state["step"]` into `folder`, then remove all but the newest `keep`.
 
+    Later ones go too: the run went on from before them, so they were damaged or of an abandoned course.
     Every rank calls it; a rank that cannot write (a full disk) makes all of them raise `UserError`, and earlier
     checkpoints stay as they are.
     """
@@ -72,8 +74,7 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], world: World, keep
             shutil.rmtree(folder / name, ignore_errors=True)  # a damaged one that was passed over
             hidden.rename(folder / name)
             sync_folder(folder)
-            for old in checkpoints(folder)[keep:]:
-                shutil.rmtree(old)
+            _remove_all_but(folder, state["step"], keep)
         except OSError as problem:
             error = _cannot_write(folder, problem)
     _agree_or_clean(error, folder, world)
@@ -87,16 +88,26 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if FOLDER.fullmatch(p.name)), key=_step, reverse=True)
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all there with the sizes recorded, and a warning for each passed over."""
+def newest_sound(folder: Path, world: World | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all there with the sizes recorded, and a warning for each passed over.
+
+    With `world` every rank calls it, all get the answer of rank 0's view, and the files' contents are checked too,
+    each rank its share.
+    """
     warnings = []
-    for path in checkpoints(folder):
+    for path in checkpoints(folder) if world is None else gather(checkpoints(folder))[0]:
+        problem = ""
         try:
-            read_index(path)
             read_state(path)
-            return path, warnings
+            files = list(read_index(path).files.items())
+            for file, sha256 in files[world.rank :: world.size] if world else ():
+                _check_contents(file, sha256)
         except UserError as error:
-            warnings.append(str(error))
+            problem = str(error)
+        problems = [problem] if world is None else gather(problem)
+        if not any(problems):
+            return path, warnings
+        warnings.append(next(filter(None, problems)))
     return None, warnings
 
 
@@ -122,55 +133,54 @@ def read_index(path: Path) -> Index:
     return Index(shapes, {path / name: sha256 for name, _, sha256 in files})
 
 
-def restore(path: Path, engine: Engine) -> None:
-    """Fill the engine's weights and moments from a checkpoint written at any world size and stage.
+def restore(reader: "Reader", engine: Engine, step: int) -> None:
+    """Fill the engine's weights and moments from a checkpoint of `step`, written at any world size and stage.
 
-    The engine's module must already hold the checkpoint's weights (`read_weights`): this sets the float32 masters
+    The engine's module must already hold the checkpoint's weights (`Reader.weights`): this sets the float32 masters
     and the optimizer's state of this rank's partition. Raises `UserError` if a file is damaged.
     """
-    engine.reset_optimizer(step=read_state(path)["step"])
+    engine.reset_optimizer(step)
     with torch.no_grad():
-        reader = Reader(path)
         for fragment in engine.fragments():
             for kind, view in fragment.tensors.items():
                 reader.fill(fragment.name, kind, fragment.start, view)
 
 
-def read_weights(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Whole float32 weights of the parameters whose name begins with `prefix`, which is cut off, one at a time.
-
-    An objective's network is under `model.`. Raises `UserError` if a file is damaged.
-    """
-    reader = Reader(path)
-    for name, shape in reader.shapes.items():
-        if name.startswith(prefix):
-            flat = torch.empty(math.prod(shape))
-            reader.fill(name, "weight", 0, flat)
-            yield name.removeprefix(prefix), flat.reshape(shape)
-
-
 class Reader:
     """Reads any range of any tensor of a checkpoint, from whichever rank files hold parts of it.
 
-    A file's sha256 is checked when it is first read.
+    A file's sha256 is checked when it is first read, unless `verified` says that this has been done.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verified: bool = False) -> None:
         index = read_index(path)
         self.shapes = index.shapes
         self._ranges: dict[tuple[str, str], list[Range]] = {}
         for file, sha256 in index.files.items():
-            shard = Shard(file, sha256)
-            for key in shard.ranges():
-                name, kind, start = key.split("|")
-                stop = int(start) + shard.length(key)
-                self._ranges.setdefault((name, kind), []).append((int(start), stop, shard, key))
+            shard = Shard(file, None if verified else sha256)
+            for key, length in shard.lengths():
+                match = KEY.fullmatch(key)
+                if not match:
+                    raise _damaged(file, f"a tensor named {key!r}", "NAME|KIND|START")
+                start = int(match["start"])
+                self._ranges.setdefault((match["name"], match["kind"]), []).append((start, start + length, shard, key))
         for parts in self._ranges.values():
             parts.sort(key=lambda part: part[0])
         for name, shape in self.shapes.items():  # before memory is asked for what a shape merely claims
             held = max((part[1] for part in self._ranges.get((name, "weight"), [])), default=0)
             if held != math.prod(shape):
                 raise _damaged(path / "index.json", f"{name} of shape {shape}", f"the {held} elements held")
+
+    def weights(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Whole float32 weights of the parameters whose name begins with `prefix`, which is cut off, one at a time.
+
+        An objective's network is under `model.`. Raises `UserError` if a file is damaged.
+        """
+        for name, shape in self.shapes.items():
+            if name.startswith(prefix):
+                flat = torch.empty(math.prod(shape))
+                self.fill(name, "weight", 0, flat)
+                yield name.removeprefix(prefix), flat.reshape(shape)
 
     def fill(self, name: str, kind: str, start: int, out: Tensor) -> None:
         """Copy elements `start` … of the flattened tensor into the 1-D `out`, all of it."""
@@ -187,32 +197,46 @@ class Reader:
 
 
 class Shard:
-    """One rank's file, opened when first needed."""
+    """One rank's file. Its contents are checked against `sha256`, if given, when they are first read."""
 
-    def __init__(self, path: Path, sha256: str) -> None:
+    def __init__(self, path: Path, sha256: str | None) -> None:
         self.path, self._sha256 = path, sha256
-        self._checked = False
         try:
             self._file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise _damaged(path, str(error), "a safetensors file") from error
 
-    def ranges(self) -> list[str]:
-        """`NAME|KIND|START` of every range in the file."""
-        return list(self._file.keys())
-
-    def length(self, key: str) -> int:
-        """Elements of a range."""
-        return self._file.get_slice(key).get_shape()[0]
+    def lengths(self) -> Iterator[tuple[str, int]]:
+        """Key and number of elements of every range in the file. Raises `UserError` for what is not 1-D."""
+        for key in list(self._file.keys()):
+            shape = self._file.get_slice(key).get_shape()
+            if len(shape) != 1:
+                raise _damaged(self.path, f"{key} of shape {shape}", "one dimension")
+            yield key, shape[0]
 
     def read(self, key: str, low: int, high: int) -> Tensor:
         """Elements `low` to `high` of a range. Raises `UserError` if the file is not what was written."""
-        if not self._checked:
-            found = _sha256(self.path)
-            if found != self._sha256:
-                raise _damaged(self.path, f"sha256 {found[:12]}…", f"{self._sha256[:12]}…")
-            self._checked = True
+        if self._sha256:
+            _check_contents(self.path, self._sha256)
+            self._sha256 = None
         return self._file.get_slice(key)[low:high]
+
+
+def _check_contents(path: Path, sha256: str) -> None:
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise _damaged(path, str(error), "a file that can be read") from error
+    if found != sha256:
+        raise _damaged(path, f"sha256 {found[:12]}…", f"{sha256[:12]}…")
+
+
+def _remove_all_but(folder: Path, step: int, keep: int) -> None:
+    """Remove checkpoints later than `step`, and all but the newest `keep` others."""
+    later = [path for path in checkpoints(folder) if _step(path) > step]
+    others = [path for path in checkpoints(folder) if _step(path) <= step]
+    for path in [*later, *others[keep:]]:
+        shutil.rmtree(path)
 
 
 def _agree_or_clean(error: UserError | None, folder: Path, world: World) -> None:
@@ -236,6 +260,7 @@ def _write_rank_file(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any
         for kind, view in fragment.tensors.items()
     }
     save_file(ranges, path)
+    path.chmod(0o644)  # safetensors makes it private
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}

@@ -23,6 +23,10 @@ from vitscale.model.registry import ModelConfig
 from vitscale.pipeline.schedule import KINDS
 
 T = TypeVar("T")
+DEEPSPEED_OWNED = {  # keys of DeepSpeed's configuration that the recipe's own settings decide
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization.stage", "bf16", "fp16", "torch_autocast", "data_types", "optimizer", "scheduler",
+}  # fmt: skip
 
 
 def require(condition: bool, setting: str, got: object, expected: str, remedy: str) -> None:
@@ -48,7 +52,7 @@ class RunConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "run.seed", self.seed, "a whole number of at least 0", "Choose another seed.")
+        require(0 <= self.seed < 2**31, "run.seed", self.seed, "a whole number from 0 to 2147483647", "Choose another.")
         require(self.log_every > 0, "run.log_every", self.log_every, "at least 1 step", "Set it to 10, say.")
 
 
@@ -158,7 +162,7 @@ class EngineConfig:
     """`engine:` – DeepSpeed. `micro_batch` images per rank and forward; the rest of the global batch accumulates.
 
     `device`: `auto` takes GPUs where there are any. `dtype`: `fp32` or `bf16` (weights in bf16, float32 masters;
-    ZeRO stages 1 to 3). `deepspeed` is merged into DeepSpeed's own configuration as it is.
+    ZeRO stages 1 to 3). `deepspeed` is merged into DeepSpeed's own configuration.
     """
 
     device: str = "auto"
@@ -179,6 +183,14 @@ class EngineConfig:
             "bf16 with ZeRO stage 1, 2 or 3, which keep float32 masters in named ranges",
             "Set engine.zero_stage=1.",
         )
+        for key in flatten(self.deepspeed):
+            require(
+                key not in DEEPSPEED_OWNED and key.split(".")[0] not in DEEPSPEED_OWNED,
+                f"engine.deepspeed.{key}",
+                "a value",
+                "a setting of DeepSpeed that the recipe's own do not decide",
+                "Take it out.",
+            )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Processes that train together: joining the group, and the few collectives used outside the engine."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,8 +38,9 @@ def join(device: str = "auto") -> World:
     """
     place = launcher_place(os.environ)
     rank, size, local_rank, local_size = place or (0, 1, 0, 1)
-    cuda = use_cuda(device, local_size)
-    target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    bound = "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1  # srun shows each task its own GPU
+    cuda = use_cuda(device, 1 if bound else local_size)
+    target = torch.device("cuda", 0 if bound else local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(target)
     elif local_size > 1:
@@ -71,25 +73,39 @@ def launcher_place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
         size = int(env["WORLD_SIZE"])
         return int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:  # a batch script has the first alone, and starts no ranks
-        os.environ.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-        os.environ.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
-        size = int(env["SLURM_STEP_NUM_TASKS"])
-        local_size = int(env["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0])
-        return int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size
+        job_and_step = int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])  # two steps of a job may run at once
+        os.environ.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(20_000 + job_and_step % 20_000))
+        local_size = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), local_size
     return None
 
 
-def use_cuda(device: str, local_processes: int) -> bool:
-    """Whether processes take GPUs, one each. Raises `UserError` if `local_processes` do not fit this node."""
+def first_host(nodelist: str) -> str:
+    """The first host of Slurm's short form: `gpu[003-007,12],login` → `gpu003`."""
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodelist)[0])
+
+
+def tasks_per_node(short: str) -> list[int]:
+    """Slurm's short form of tasks on each node: `2(x3),1` → [2, 2, 2, 1]."""
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in short.split(",")]
+    return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+
+
+def use_cuda(device: str, local_processes: int, setting: str = "engine.device") -> bool:
+    """Whether processes take GPUs, one each. `device` is the user's choice, by `setting`.
+
+    Raises `UserError` if `local_processes` do not fit this node.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and gpus == 0):
         return False
     if local_processes > gpus:
         raise UserError(
             "--nproc",
-            f"{local_processes} processes on a node with {gpus} GPUs (engine.device={device})",
+            f"{local_processes} processes on a node with {gpus} GPUs ({setting} {device})",
             "at most one process per GPU",
-            f"Use --nproc {gpus}." if gpus else "Set engine.device=cpu to train on the CPU.",
+            f"Use --nproc {gpus}, or {setting} cpu." if gpus else f"Set {setting} to cpu.",
         )
     return True
 

@@ -74,7 +74,7 @@ class Engine:
         """One optimizer step at learning rate `lr`; `batches` yields this rank's `accumulation` micro batches.
 
         Returns the metrics' sums over the global batch divided by its size, and `grad_norm` before clipping. Raises
-        `UserError` before the step is taken if the loss is not finite.
+        `UserError`, and leaves the weights as they were, if the loss or the gradient is not finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -90,16 +90,19 @@ class Engine:
                 self._deepspeed.step()  # only counts the micro batch
         totals = sum_over_ranks(torch.stack(list(sums.values()))).tolist()
         means = {name: total / global_batch for name, total in zip(sums, totals, strict=True)}
-        if not math.isfinite(means["loss"]):
-            raise UserError("loss", means["loss"], "a finite number", "Lower optim.lr or lengthen schedule.warmup.")
-        norm = self._clip() if self.stage == 0 else None  # ZeRO clips its partitions in its step
+        _check_finite("loss", means["loss"])
+        norm = self._clip() if self.stage == 0 else 0.0  # ZeRO clips its partitions in its step
+        _check_finite("grad_norm", norm)
         self._deepspeed.step()
-        return {**means, "grad_norm": float(self._deepspeed.get_global_grad_norm() if norm is None else norm)}
+        if self.stage:
+            norm = float(self._deepspeed.get_global_grad_norm())
+            _check_finite("grad_norm", norm)  # DeepSpeed left the weights as they were
+        return {**means, "grad_norm": norm}
 
-    def _clip(self) -> Tensor:
+    def _clip(self) -> float:
         """Norm of the whole gradient at stage 0, which is then cut to `optim.clip`."""
         gradients = [p for p in self._deepspeed.module.parameters() if p.grad is not None]
-        return nn.utils.clip_grad_norm_(gradients, self.clip or math.inf)
+        return float(nn.utils.clip_grad_norm_(gradients, self.clip or math.inf))
 
     def reset_optimizer(self, step: int) -> None:
         """Give every weight zero moments after `step` steps, as if the optimizer had begun there."""
@@ -150,6 +153,12 @@ class Engine:
         if self.stage == 3:
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return list(self.optimizer.single_partition_of_fp32_groups)
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        remedy = "Lower optim.lr or lengthen schedule.warmup, in another run.dir."
+        raise UserError(name, value, "a finite number; training stopped before this step", remedy)
 
 
 def _import_deepspeed() -> Any:

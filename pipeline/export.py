@@ -32,12 +32,13 @@ def export(source: str, out: str) -> float:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(network.state_dict(), partial / "model.safetensors")
+        (partial / "model.safetensors").chmod(0o644)  # safetensors makes it private
         description = describe(trained.model, trained.classes, trained.preprocess)
         config = {"format": EXPORT_FORMAT, **description, "origin": trained.origin, "versions": versions()}
         publish_text(partial / "config.json", json.dumps(config, indent=1))
         difference = largest_difference(network, open_trained(str(partial), "OUT").load())
-        if difference > 0:  # the same float32 weights in the same network
-            raise UserError("OUT", f"logits that differ by {difference:.2e}", "the source's logits", "Export again.")
+        if difference != 0:  # the same float32 weights in the same network; nan if they are not finite
+            raise UserError("OUT", f"logits that differ by {difference}", "the source's logits", "Check the source.")
         with (partial / "model.safetensors").open("rb") as file:
             os.fsync(file.fileno())
         partial.rename(target)

@@ -7,15 +7,20 @@ from vitscale.errors import UserError
 from vitscale.model.registry import ViTConfig
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.config import Config, flatten, to_dict
+from vitscale.pipeline.data import order
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.loader import LoaderSettings
 from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.distributed import World
 from vitscale.pipeline.finetune import check_architecture
 from vitscale.pipeline.schedule import parse_duration
 from vitscale.pipeline.weights import open_trained
 
 # settings that may change when a run goes on: they leave its samples and its mathematics alone
-HARMLESS = ("run.dir", "run.log_every", "data.", "engine.", "checkpoint.", "eval.", "init_from")
+HARMLESS = (
+    "run.dir", "run.log_every", "data.", "engine.device", "engine.zero_stage", "engine.micro_batch", "checkpoint.",
+    "eval.", "init_from",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Plan:
     """A checked run. Durations are in steps."""
 
     config: Config
+    loader: LoaderSettings
     train: Store
     val: Store | None
     model: ViTConfig
@@ -32,11 +38,6 @@ class Plan:
     cooldown: int
     save_every: int
     eval_every: int
-
-    @property
-    def loader(self) -> LoaderSettings:
-        """How this run loads batches."""
-        return LoaderSettings(self.config.engine.micro_batch, self.config.data.workers)
 
     @property
     def folder(self) -> Path:
@@ -72,11 +73,13 @@ def plan(config: Config, world_size: int) -> Plan:
     def within(setting: str, text: str) -> int:
         return parse_duration(text, setting, **lengths, total=steps)
 
-    if config.init_from:
+    resume, _ = find_resume(config, train.fingerprint)
+    if config.init_from and not resume:
         check_architecture(model, open_trained(config.init_from, "init_from"))
-    find_resume(config, train.fingerprint)
+    micro_batch = order.micro_batch_size(batch, world_size, config.engine.micro_batch)
     return Plan(
         config=config,
+        loader=LoaderSettings(micro_batch, config.data.workers),
         train=train,
         val=val,
         model=model,
@@ -89,16 +92,18 @@ def plan(config: Config, world_size: int) -> Plan:
     )
 
 
-def find_resume(config: Config, fingerprint: str) -> tuple[Path | None, list[str]]:
+def find_resume(config: Config, fingerprint: str, world: World | None = None) -> tuple[Path | None, list[str]]:
     """The checkpoint that the run's folder goes on from, if any, and a warning for each damaged one passed over.
 
+    With `world` every rank calls it, all get the same answer, and the contents of its files are checked too.
     Raises `UserError` if that run was of another recipe or other data.
     """
-    newest, warnings = checkpoint.newest_sound(Path(config.run.dir) / "checkpoints")
+    newest, warnings = checkpoint.newest_sound(Path(config.run.dir) / "checkpoints", world)
     if newest is None:
         return None, warnings
     state = checkpoint.read_state(newest)
-    before, now = flatten(state["recipe"]), flatten(to_dict(config))
+    before = {**flatten(to_dict(Config())), **flatten(state["recipe"])}  # defaults for settings that came later
+    now = flatten(to_dict(config))
     changed = [key for key in now if before.get(key) != now[key] and not key.startswith(HARMLESS)]
     if changed:
         shown = ", ".join(f"{key}: {before.get(key)!r} → {now[key]!r}" for key in changed[:4])

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from vitscale.data_prep.decode import decode_rgb
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
-from vitscale.pipeline.checkpoint import checkpoints
+from vitscale.pipeline.checkpoint import read_state
 from vitscale.pipeline.config import Config, flatten, to_dict
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.inference import Classifier
@@ -50,19 +51,23 @@ class RunPage:
     samples: list[SamplePrediction] = field(default_factory=list)
 
 
-def write_report(runs: list[Path], out: Path, commands: Path | None) -> None:
+def write_report(runs: list[Path], out: Path, commands: str) -> None:
     """Write the page about `runs` to `out`, whole or not at all.
 
-    `commands` is a text file with one command a line. Raises `UserError` for a folder that is no run, and if
-    matplotlib is not installed.
+    `commands` is a text file with one command a line, or empty: the commands of the runs. Raises `UserError` for a
+    folder that is no run, a file that cannot be read, and if matplotlib is not installed.
     """
     pages = [run_page(run) for run in runs]
-    lines = commands.read_text().splitlines() if commands else [line for page in pages for line in _commands(page)]
+    told = list(chain.from_iterable(map(_commands, pages)))
+    try:
+        told = Path(commands).read_text().splitlines() if commands else told
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("--commands", f"{commands} ({error})", "a text file", "Check the path.") from error
     template = Environment(
         loader=PackageLoader("vitscale.pipeline"), autoescape=select_autoescape(), undefined=StrictUndefined
     ).get_template("report.html")
     try:
-        publish_text(out, template.render(pages=pages, commands=lines))
+        publish_text(out, template.render(pages=pages, commands=told))
     except OSError as error:
         raise UserError("--out", str(error), "a file that can be written", "Choose another.") from error
 
@@ -70,7 +75,9 @@ def write_report(runs: list[Path], out: Path, commands: Path | None) -> None:
 def run_page(run: Path) -> RunPage:
     """Gather what the page shows of one run. Raises `UserError` if the folder is no run with a checkpoint."""
     trained = open_trained(str(run), "RUNS")
-    state = json.loads((checkpoints(run / "checkpoints")[0] / "state.json").read_text())
+    if not (run / "environment.json").is_file() or trained.path.parent != run / "checkpoints":
+        raise UserError("RUNS", f"{run}, which is no run", "the folder of a run", "Give its run.dir.")
+    state = read_state(trained.path)
     recipe, defaults = flatten(state["recipe"]), flatten(to_dict(Config()))
     model = trained.model
     page = RunPage(
@@ -85,20 +92,23 @@ def run_page(run: Path) -> RunPage:
         starts=json.loads((run / "environment.json").read_text()),
         curves=curves(read_metrics(run)),
     )
+    classifier = Classifier(trained)
     for path in sorted((run / "evaluations").glob("*.json")):
         results = json.loads(path.read_text())
         matrix = results.pop("confusion")
         drawn = matrix and len(matrix) <= MOST_MATRIX_CLASSES
         page.evaluations.append({**results, "figure": confusion_figure(matrix, results["classes"]) if drawn else ""})
-        page.samples = sample_predictions(Classifier(trained), results["dataset"]["path"])
+        page.samples = sample_predictions(classifier, results["dataset"])
     return page
 
 
-def sample_predictions(classifier: Classifier, dataset: str) -> list[SamplePrediction]:
-    """Predictions for samples spread evenly over a dataset; none if the dataset is no longer there."""
+def sample_predictions(classifier: Classifier, dataset: dict[str, Any]) -> list[SamplePrediction]:
+    """Predictions for samples spread evenly over an evaluated dataset; none if it is no longer there."""
     try:
-        store = Store(dataset, "dataset")
+        store = Store(dataset["path"], "dataset")
     except UserError:
+        return []
+    if store.fingerprint != dataset["fingerprint"]:
         return []
     shown = [store.read(int(n)) for n in np.linspace(0, len(store) - 1, min(SAMPLES, len(store)))]
     images = [decode_rgb(sample.data) for sample in shown]
@@ -137,8 +147,8 @@ def confusion_figure(matrix: list[list[int]], classes: list[str]) -> str:
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes = figure.subplots()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, parse_math=False)
         axes.set_xlabel("predicted")
         axes.set_ylabel("label")
         for (i, j), count in np.ndenumerate(counts):

@@ -33,6 +33,8 @@ def run_lock(folder: Path, world: World) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / ".lock").open("w")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
+            for left in folder.glob("*.partial"):  # of a start that was killed
+                left.unlink()
         except BlockingIOError:
             error = UserError(
                 "run.dir", f"{folder}, in use by another run", "a folder of its own", "Wait, or choose one."
@@ -45,6 +47,16 @@ def run_lock(folder: Path, world: World) -> Iterator[None]:
     finally:
         if file:
             file.close()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an error of writing into the run's folder, such as a full disk, into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "Free some space or choose another run.dir, and run again: it goes on from the last checkpoint."
+        raise UserError("run.dir", f"{folder} ({error})", "a folder that can be written", remedy) from error
 
 
 def versions() -> dict[str, str]:
@@ -76,18 +88,23 @@ def environment(world: World) -> dict[str, Any]:
 def write_environment(folder: Path, world: World) -> None:
     """Add this start to `environment.json`, a list of every start of the run, the newest last."""
     path = folder / "environment.json"
-    starts = json.loads(path.read_text()) if path.exists() else []
+    try:
+        starts = list(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # the first start, or damaged: a record is not worth a run
+        starts = []
     publish_text(path, json.dumps([*starts, environment(world)], indent=1))
 
 
 def commit() -> str | None:
-    """Git commit of the folder that this code runs from, with `+` if files differ from it; None outside of git."""
-    here = Path(__file__).resolve().parent
+    """Git commit of this code, with `+` if files differ from it; None if it is not run from its repository."""
+    here = Path(__file__).resolve()
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", *words]
+        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", here.name)  # else another repository merely surrounds an installed copy
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -12,7 +12,8 @@ DURATION = re.compile(r"(?P<number>\d+(\.\d*)?([eE]\d+)?)\s*(?P<unit>ep|ex|%|)")
 def parse_duration(text: str, setting: str, *, samples: int, global_batch: int, total: int | None = None) -> int:
     """Steps in a duration: `"500"` steps, `"90ep"` epochs, `"1e6ex"` examples, `"5%"` of `total` steps.
 
-    An epoch is `samples // global_batch` steps. Raises `UserError` naming `setting` for anything else.
+    An epoch is `samples // global_batch` steps; anything above zero is at least one step. Raises `UserError` naming
+    `setting` for anything else.
     """
     match = DURATION.fullmatch(text.strip())
     if not match or not math.isfinite(float(match["number"])) or (match["unit"] == "%" and total is None):
@@ -21,7 +22,7 @@ def parse_duration(text: str, setting: str, *, samples: int, global_batch: int, 
     number, unit = float(match["number"]), match["unit"]
     per_epoch = samples // global_batch
     factor = {"": 1, "ep": per_epoch, "ex": 1 / global_batch, "%": (total or 0) / 100}[unit]
-    return round(number * factor)
+    return max(round(number * factor), 1) if number else 0
 
 
 def lr_factor(step: int, *, kind: str, total: int, warmup: int, cooldown: int, timescale: int) -> float:

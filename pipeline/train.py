@@ -1,5 +1,6 @@
 """The training loop: pretraining and fine-tuning alike."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,30 @@ from vitscale.pipeline.config import to_dict, to_yaml
 from vitscale.pipeline.console import OUT, progress, say
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.loader import EvaluationView, TrainingView, evaluation_batches, training_batches
-from vitscale.pipeline.distributed import World, gather
+from vitscale.pipeline.distributed import World
 from vitscale.pipeline.engine import Engine
 from vitscale.pipeline.evaluation.classification import classification
 from vitscale.pipeline.finetune import initialise_from
 from vitscale.pipeline.metrics import Meter, MetricsLog, Timed
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.planner import Plan, find_resume
-from vitscale.pipeline.run_folder import run_lock, versions, write_environment
+from vitscale.pipeline.run_folder import run_lock, versions, write_environment, writing
 from vitscale.pipeline.schedule import lr_factor
-from vitscale.pipeline.weights import describe, open_trained
+from vitscale.pipeline.weights import describe, open_trained_alike
 
 
 def train(plan: Plan, world: World) -> None:
     """Train to the last step, going on from the newest sound checkpoint of the run. Every rank calls it."""
     with run_lock(plan.folder, world):
-        resume, warnings = gather(find_resume(plan.config, plan.train.fingerprint))[0]
+        resume, warnings = find_resume(plan.config, plan.train.fingerprint, world)
         first = checkpoint.read_state(resume)["step"] if resume else 0
         if world.main:
             for warning in warnings:
                 say(f"passed over: {warning}")
-            announce(plan, world, resume, first)
+            if first == plan.steps:
+                say(f"already trained to step {first} of {plan.steps}: {plan.folder}")
+            else:
+                announce(plan, world, resume, first)
         if first == plan.steps:
             return
         engine = build_engine(plan, world, resume)
@@ -67,7 +71,8 @@ def run_steps(plan: Plan, world: World, engine: Engine, first: int, log: Metrics
             if plan.val and due(done, plan.eval_every, plan.steps):
                 values = evaluate(plan, world, engine)
                 if log:
-                    log.write(done, "eval", **values)
+                    with writing(plan.folder):
+                        log.write(done, "eval", **values)
                     say(f"step {done}/{plan.steps}  val top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}")
                 meter.restart(done)
             if due(done, plan.save_every, plan.steps):
@@ -85,16 +90,18 @@ def build_engine(plan: Plan, world: World, resume: Path | None) -> Engine:
     """The network with its initial, pretrained or resumed weights, in the engine."""
     config, network = plan.config, VisionTransformer(plan.model, seed=plan.config.run.seed)
     if resume:
-        network.load_state_dict(dict(checkpoint.read_weights(resume, "model.")))
+        reader = checkpoint.Reader(resume, verified=True)
+        network.load_state_dict(dict(reader.weights("model.")))
     elif config.init_from:
-        notes = initialise_from(network, open_trained(config.init_from, "init_from"))
+        notes = initialise_from(network, open_trained_alike(config.init_from, "init_from"))
         for note in notes if world.main else []:
             say(note)
     objective = Supervised(network, plan.preprocess, config.objective.label_smoothing)
-    accumulation = order.accumulation(config.train.global_batch, world.size, config.engine.micro_batch)
-    engine = Engine(objective, config.engine, config.optim, world, accumulation)
+    micro_batch = plan.loader.micro_batch
+    accumulation = order.accumulation(config.train.global_batch, world.size, micro_batch)
+    engine = Engine(objective, replace(config.engine, micro_batch=micro_batch), config.optim, world, accumulation)
     if resume:
-        checkpoint.restore(resume, engine)
+        checkpoint.restore(reader, engine, checkpoint.read_state(resume)["step"])
     return engine
 
 
@@ -125,8 +132,6 @@ def state(plan: Plan, world: World, step: int) -> dict[str, Any]:
 def announce(plan: Plan, world: World, resume: Path | None, first: int) -> None:
     """Say what is about to happen, in a few lines."""
     config, model = plan.config, plan.model
-    if first == plan.steps:
-        return say(f"already trained to step {first} of {plan.steps}: {plan.folder}")
     epoch_steps = len(plan.train) // config.train.global_batch
     say(f"{len(plan.train):,} images, {model.num_classes} classes: {config.data.train}")
     say(
@@ -137,19 +142,20 @@ def announce(plan: Plan, world: World, resume: Path | None, first: int) -> None:
     say(f"{world.size} ranks on {world.device.type}, ZeRO-{config.engine.zero_stage}, {config.engine.dtype}")
     if resume:
         say(f"going on from step {first}: {resume}")
-    return None
 
 
 def open_log(plan: Plan, world: World, first: int) -> MetricsLog:
     """Write the recipe and the environment into the run's folder, and open its log at step `first`."""
-    publish_text(plan.folder / "recipe.yaml", to_yaml(plan.config))
-    write_environment(plan.folder, world)
-    return MetricsLog(plan.folder, first)
+    with writing(plan.folder):
+        publish_text(plan.folder / "recipe.yaml", to_yaml(plan.config))
+        write_environment(plan.folder, world)
+        return MetricsLog(plan.folder, first)
 
 
 def write_row(plan: Plan, log: MetricsLog, done: int, row: dict[str, float], meter: Meter) -> str:
     """Log a row; returns it as text for the progress bar, and without a terminal prints it now and then."""
-    log.write(done, "train", **row)
+    with writing(plan.folder):
+        log.write(done, "train", **row)
     text = (
         f"loss {row['loss']:.4f}  top-1 {row['top1']:.1%}  lr {row['lr']:.2e}  {row['images_per_s']:,.0f} images/s"
         f"  data wait {row['data_wait']:.0%}"

@@ -15,6 +15,7 @@ from vitscale.model.registry import ViTConfig
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.data.augment import Preprocess
+from vitscale.pipeline.distributed import gather
 
 EXPORT_FORMAT = 1
 
@@ -65,6 +66,11 @@ def open_trained(path: str, setting: str) -> Trained:
     raise UserError(setting, f"{path}: {found}", "a run, a checkpoint or an export", "Check the path.")
 
 
+def open_trained_alike(path: str, setting: str) -> Trained:
+    """`open_trained` for all ranks together: each opens the folder that rank 0 found, even while a run adds others."""
+    return open_trained(str(gather(open_trained(path, setting).path)[0]), setting)
+
+
 def describe(model: ViTConfig, classes: list[str], preprocess: Preprocess) -> dict[str, Any]:
     """The JSON form that checkpoints and exports share, read back by `open_trained`."""
     return {"model": vars(model), "classes": classes, "preprocess": vars(preprocess)}
@@ -76,7 +82,7 @@ def _open_checkpoint(folder: Path, setting: str) -> Trained:
     if isinstance(state.get("dataset"), dict):
         dataset = state["dataset"].get("fingerprint")
         state["origin"] = {"checkpoint": str(folder), "step": state.get("step"), "dataset": dataset}
-    return _trained(setting, folder, state, lambda: checkpoint.read_weights(folder, "model."))
+    return _trained(setting, folder, state, lambda: checkpoint.Reader(folder).weights("model."))
 
 
 def _open_export(folder: Path, setting: str) -> Trained:
@@ -105,6 +111,8 @@ def _trained(
         classes, origin = [str(name) for name in described["classes"]], dict(described["origin"])
         if len(classes) != model.num_classes:
             raise ValueError(f"{len(classes)} class names for {model.num_classes} outputs")
+        if preprocess.img_size != model.img_size:
+            raise ValueError(f"preprocessing to {preprocess.img_size} px for a model of {model.img_size} px")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             setting, f"{folder}: {error!r}", "architecture, classes and preprocessing", "Use another one."

@@ -5,6 +5,7 @@ global batch. Random bits come straight from Philox counters (Salmon et al. 2011
 the same between versions, unlike the methods of its Generator.
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -48,6 +49,14 @@ def accumulation(size: int, world: int, micro_batch: int) -> int:
     """Micro batches that every rank runs for a global batch of `size` rows, short and empty ones included."""
     most_rows = -(-size // world)
     return -(-most_rows // micro_batch)
+
+
+def micro_batch_size(size: int, world: int, most: int) -> int:
+    """The smallest micro batch that needs no more of them than `most` rows would: the least padding.
+
+    64 rows at most for 65 rows a rank are two of 33, not 64 and one of padding.
+    """
+    return math.ceil(math.ceil(size / world) / accumulation(size, world, most))
 
 
 def micro_batches(rows: NDArray[np.int64], rank: int, world: int, micro_batch: int) -> list[NDArray[np.int64]]:

@@ -1,7 +1,8 @@
 """Random access to the samples of a dataset: bytes by sample number, read by offset from its tars."""
 
 import os
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pyarrow as pa
 
 from vitscale.data_prep.manifest import ShardSamples, read_dataset, read_samples
 from vitscale.errors import UserError
+
+OPEN_FILES = 256  # in each process; soft limits of 1,024 are common
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,15 @@ class Sample:
 class Store:
     """The samples 0 … len - 1 of a folder that `vitscale shard` wrote, in the order of its shards.
 
-    Files and sidecars are opened when first read, in each process anew. Raises `UserError` naming `setting` for a
+    Files and sidecars are opened when first read, in each process anew; the last `OPEN_FILES` tars stay open, and
+    sidecars stay in memory (about 50 bytes a sample). Raises `UserError` naming `setting` for a
     folder that is missing, incomplete or damaged.
     """
 
     def __init__(self, path: str, setting: str) -> None:
         self._dataset, self._setting = read_dataset(path, setting), setting
         self._ends = np.cumsum([shard.samples for shard in self._dataset.shards])
-        self._files: dict[int, int] = {}
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard → descriptor, the last used at the end
         self._sidecars: dict[int, ShardSamples] = {}
 
     def __len__(self) -> int:
@@ -73,17 +77,28 @@ class Store:
             raise self._unreadable(name, str(error)) from error
         if len(data) != length:
             raise self._unreadable(name, f"{len(data)} of {length} bytes of a sample")
-        return Sample(data, int(sidecar.labels[row]), sidecar.keys[row], name)
+        return Sample(data, int(sidecar.labels[row]), sidecar.keys[row].decode(), name)
 
     def _open(self, shard: int) -> tuple[ShardSamples, int]:
+        name = self._dataset.shards[shard].name
+        if shard not in self._sidecars:
+            self._sidecars[shard] = self._read_sidecar(name)
         if shard not in self._files:
-            name = self._dataset.shards[shard].name
-            self._sidecars[shard] = read_samples(self.path, name)
+            if len(self._files) == OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
             self._files[shard] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+        self._files.move_to_end(shard)
         return self._sidecars[shard], self._files[shard]
+
+    def _read_sidecar(self, name: str) -> ShardSamples:
+        samples = read_samples(self.path, name)
+        fits = (samples.labels >= 0) & (samples.labels < len(self.classes)) & (samples.lengths >= 0)
+        if not (fits & (samples.offsets >= 0)).all():
+            raise self._unreadable(name, "labels, offsets or lengths that cannot be in its sidecar")
+        return replace(samples, keys=np.array(samples.keys, dtype=np.bytes_))  # a third of the memory of a list
 
     def _unreadable(self, name: str, got: str) -> UserError:
         return UserError(self._setting, f"{self.path / name}: {got}", "a whole shard", "Run `vitscale verify` on it.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_sidecars": {}}  # descriptors belong to one process
+        return {**self.__dict__, "_files": OrderedDict(), "_sidecars": {}}  # descriptors belong to one process

@@ -8,7 +8,7 @@ from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
 from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, evaluation_batches
 from vitscale.pipeline.data.store import Store
-from vitscale.pipeline.distributed import World
+from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.evaluation.classification import classification
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.planner import check_classes
@@ -22,6 +22,11 @@ def check(source: str, dataset: str) -> tuple[Trained, Store]:
     trained, store = open_trained(source, "CHECKPOINT"), Store(dataset, "DATASET")
     check_classes("DATASET", store.classes, str(trained.path), trained.classes)
     return trained, store
+
+
+def check_alike(source: str, dataset: str) -> tuple[Trained, Store]:
+    """`check` for all ranks together: each opens the checkpoint that rank 0 found."""
+    return check(str(gather(open_trained(source, "CHECKPOINT").path)[0]), dataset)
 
 
 def evaluate(trained: Trained, store: Store, settings: LoaderSettings, world: World) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def write_results(results: dict[str, Any], path: Path) -> None:
     """Write results as JSON, whole or not at all. Raises `UserError` if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        publish_text(path, json.dumps(results, indent=1))
+        publish_text(path, json.dumps(results))
     except OSError as error:
         raise UserError("--out", f"{error}", "a file that can be written", "Choose another.") from error
 
@@ -56,4 +61,4 @@ def write_results(results: dict[str, Any], path: Path) -> None:
 def results_path(trained: Trained, store: Store) -> Path:
     """Where results go unless the user says: `evaluations/` beside the checkpoints, or in the export."""
     folder = trained.path.parent.parent if trained.path.parent.name == "checkpoints" else trained.path
-    return folder / "evaluations" / f"step-{trained.origin['step']:08d}-{store.path.name}.json"
+    return folder / "evaluations" / f"step-{trained.origin['step']:08d}-{store.path.name}-{store.fingerprint[:8]}.json"

@@ -36,7 +36,7 @@ def save(folder: Path, step: int, keep: int = 2) -> Path:
 
 def test_weights_and_any_range_read_back(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
-    weights = dict(checkpoint.read_weights(path, "model."))
+    weights = dict(checkpoint.Reader(path).weights("model."))
     assert torch.equal(weights["a"], torch.arange(12.0).reshape(3, 4))
     assert torch.equal(weights["b"], torch.arange(5.0) + 100)
     assert set(weights) == {"a", "b"}
@@ -55,6 +55,27 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10, 300):
         save(tmp_path, step, keep=2)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000300", "step-00000010"]
+
+
+def test_what_damaged_checkpoints_came_after_goes_when_the_run_has_passed_them(tmp_path: Path) -> None:
+    """Retention must not prefer a damaged later checkpoint to the one just written."""
+    save(tmp_path, 1)
+    for step in (200, 300):
+        (save(tmp_path, step, keep=9) / "state.json").unlink()
+    save(tmp_path, 100, keep=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000100"]
+
+
+def test_a_flipped_bit_is_passed_over_when_all_ranks_look(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    victim = save(tmp_path, 2) / "rank-00000.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    assert checkpoint.newest_sound(tmp_path)[0] == tmp_path / "step-00000002"  # sizes alone
+    found, warnings = checkpoint.newest_sound(tmp_path, WORLD)
+    assert found == tmp_path / "step-00000001"
+    assert "sha256" in warnings[0]
 
 
 @pytest.mark.parametrize("file", ["rank-00000.safetensors", "index.json", "state.json"])
@@ -79,7 +100,7 @@ def test_a_flipped_bit_is_found_when_read(tmp_path: Path) -> None:
     data[-1] ^= 1
     victim.write_bytes(data)
     with pytest.raises(UserError, match=r"rank-00000.safetensors: sha256"):
-        dict(checkpoint.read_weights(path, "model."))
+        dict(checkpoint.Reader(path).weights("model."))
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:

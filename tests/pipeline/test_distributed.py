@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from vitscale.errors import UserError
-from vitscale.pipeline.distributed import World, agree, launcher_place, use_cuda
+from vitscale.pipeline.distributed import World, agree, first_host, launcher_place, tasks_per_node, use_cuda
 
 STEP = {
     "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+    "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "gpu[007-008]",
 }  # fmt: skip
 
 
@@ -22,7 +23,25 @@ def test_torchrun_and_srun_are_understood(monkeypatch: pytest.MonkeyPatch) -> No
     assert launcher_place(torchrun) == (3, 4, 1, 2)
     assert "MASTER_ADDR" not in os.environ
     assert launcher_place(STEP) == (5, 8, 1, 4)
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "23456")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu007", "24192")
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("gpu[003-007,12],login", "gpu003"),
+        ("n[1,3]-ib", "n1-ib"),
+        ("r[1-2]n[03-04]", "r1n03"),
+    ],
+)
+def test_first_host_of_slurms_short_form(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+def test_tasks_of_slurms_short_form() -> None:
+    assert tasks_per_node("2(x3),1,4(x2)") == [2, 2, 2, 1, 4, 4]
 
 
 def test_a_batch_script_is_no_rank() -> None:

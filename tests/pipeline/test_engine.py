@@ -116,10 +116,10 @@ def save_and_resume(world: World, folder: str) -> dict[str, list[float]]:
 def resume(world: World, folder: str, saved: int) -> dict[str, list[float]]:
     """Go on at every stage from the checkpoint that stage `saved` wrote."""
     rows = {}
-    path = checkpoint.checkpoints(Path(folder) / str(saved))[0]
+    reader = checkpoint.Reader(checkpoint.checkpoints(Path(folder) / str(saved))[0])
     for stage in range(4):
-        engine = make_engine(world, stage, weights=dict(checkpoint.read_weights(path, "model.")))
-        checkpoint.restore(path, engine)
+        engine = make_engine(world, stage, weights=dict(reader.weights("model.")))
+        checkpoint.restore(reader, engine, step=4)
         rows[f"{saved}→{stage}"] = [row["loss"] for row in steps(engine, world, 4, 8)]
     return rows
 
@@ -138,20 +138,50 @@ def test_checkpoints_resume_at_any_stage_and_world_size(ranks: Callable[..., Any
                 assert got == pytest.approx(rows["0"], abs=1e-5)
 
 
-def diverge(world: World) -> str:
-    engine = make_engine(world, 2)
-    before = {fragment.name: fragment.tensors["weight"].clone() for fragment in engine.fragments()}
-    broken = ({**batch, "weight": batch["weight"] * math.inf} for batch in batches(0, world))
+class Spoilt(torch.autograd.Function):
+    """Passes values through, and makes the gradient not a number."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient * math.nan
+
+
+def diverge(world: World) -> list[str]:
+    """What stops training at each stage when the loss, then the gradient alone, is not finite."""
+    said = []
+    for stage in range(4):
+        engine = make_engine(world, stage)
+        before = {fragment.name: fragment.tensors["weight"].clone() for fragment in engine.fragments()}
+        endless = [{**batch, "weight": batch["weight"] * math.inf} for batch in batches(0, world)]
+        said.append(stopped(engine, endless, before))
+        engine = make_engine(world, stage)
+        objective: Any = engine.objective.module
+        objective.model.head.register_forward_hook(lambda *told: Spoilt.apply(told[-1]))
+        said.append(stopped(engine, list(batches(0, world)), before))
+    return said
+
+
+def stopped(engine: Engine, given: list[dict[str, torch.Tensor]], before: dict[str, torch.Tensor]) -> str:
     try:
-        engine.train_step(broken, GLOBAL_BATCH, LR)
+        engine.train_step(given, GLOBAL_BATCH, LR)
     except UserError as error:
         same = all(torch.equal(before[f.name], f.tensors["weight"]) for f in engine.fragments())
         return f"{error.setting} {same}"
     return "went on"
 
 
-def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step(ranks: Callable[..., Any]) -> None:
-    assert ranks(__file__, "diverge", 2) == "loss True"
+def test_what_is_not_finite_stops_every_rank_and_leaves_the_weights(ranks: Callable[..., Any]) -> None:
+    assert ranks(__file__, "diverge", 2) == ["loss True", "grad_norm True"] * 4
+
+
+def test_deepspeed_settings_that_the_recipe_decides_are_refused() -> None:
+    for key, value in (("fp16", {"enabled": True}), ("zero_optimization", {"stage": 3}), ("train_batch_size", 4)):
+        with pytest.raises(UserError, match=rf"engine\.deepspeed\.{key}"):
+            EngineConfig(deepspeed={key: value})
 
 
 def test_deepspeed_settings_pass_through_and_buckets_fit_the_model() -> None:

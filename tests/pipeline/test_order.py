@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitscale.pipeline.data.order import accumulation, epoch_permutation, global_batch, micro_batches, rank_rows
+from vitscale.pipeline.data.order import (
+    accumulation,
+    epoch_permutation,
+    global_batch,
+    micro_batch_size,
+    micro_batches,
+    rank_rows,
+)
 
 SIZES = st.integers(1, 400)
 GOLDEN_HEAD = [8206, 4435, 1069, 9157, 3271, 3651, 3922, 7783]
@@ -42,6 +49,14 @@ def test_ranks_share_a_global_batch_without_gaps(size: int, world: int, micro: i
     assert all(len(part) <= micro for cut in cuts for part in cut)
     assert np.concatenate([part for cut in cuts for part in cut]).tolist() == rows.tolist()
     assert [rank_rows(size, rank, world)[0] for rank in range(world)] == [rank * size // world for rank in range(world)]
+
+
+@given(size=SIZES, world=st.integers(1, 64), most=st.integers(1, 50))
+def test_micro_batches_are_as_small_as_their_number_allows(size: int, world: int, most: int) -> None:
+    smallest = micro_batch_size(size, world, most)
+    assert smallest <= most
+    assert accumulation(size, world, smallest) == accumulation(size, world, most)
+    assert smallest == 1 or accumulation(size, world, smallest - 1) > accumulation(size, world, most)
 
 
 def test_epochs_differ_and_leave_out_other_samples() -> None:
