@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vitscale.errors import UserError
+
 TRAIN_SHARE = 0.8
 SIDES = (24, 28, 32)
 
@@ -18,10 +20,12 @@ def write_digits(out: Path) -> dict[str, int]:
     """Write `OUT/{train,test}/{0 … 9}/NNNN.png`; returns the number of images of each split.
 
     Image number i goes to the test split if its place in a fixed shuffle is in the last fifth, and has side
-    `SIDES[i % 3]`. `out` appears when all are written.
+    `SIDES[i % 3]`. `out` appears when all are written. Raises `UserError` if it is there already.
     """
     from sklearn.datasets import load_digits
 
+    if out.exists():
+        raise UserError("OUT", f"{out}, which exists", "a new folder", "Choose another name, or remove it first.")
     digits = load_digits()
     partial = out.with_name(f"{out.name}.partial")
     order = np.argsort(np.random.Philox(key=0).random_raw(len(digits.images)), kind="stable")
@@ -39,5 +43,9 @@ def write_digits(out: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for split, count in write_digits(Path(sys.argv[1])).items():
+    try:
+        written = write_digits(Path(sys.argv[1]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    for split, count in written.items():
         print(f"{count} images in {sys.argv[1]}/{split}")

@@ -3,18 +3,13 @@
 Only typer is imported here; the rest when a stage runs, so that `vitscale --help` answers at once.
 """
 
-import functools
-import os
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from vitscale.errors import UserError
+from vitscale.launch.stage import SettingsCommand, run_ranks, stage
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -26,66 +21,6 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: those that ship, what they resolve to, how they differ.")
 app.add_typer(recipe_app, name="recipe")
-
-
-def settings_of(stage: str) -> Any:
-    """Default settings of a stage as a dataclass."""
-    if stage == "shard":
-        from vitscale.data_prep.shard import ShardConfig
-
-        return ShardConfig()
-    from vitscale.pipeline.config import Config
-
-    return Config()
-
-
-class SettingsCommand(TyperCommand):
-    """A command that takes SETTING=VALUE arguments: `--help` also lists every setting with its default."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        from vitscale.pipeline.config import explain
-
-        print("Settings, as SETTING=VALUE, with their defaults:\n")
-        print(explain(settings_of(str(ctx.info_name))))
-
-
-def stage(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into one paragraph and an exit code: 2 for the user's, 1 for ours, 130 for Ctrl-C."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        from vitscale.launch.local import report_failure
-
-        try:
-            function(*args, **kwargs)
-        except UserError as error:
-            if kwargs["debug"]:
-                traceback.print_exc()
-            report_failure(f"error: {error}", cause=True)
-            _exit(2)
-        except KeyboardInterrupt:
-            report_failure("interrupted; run the same command again to go on")
-            _exit(130)
-        except (typer.Exit, typer.Abort):
-            raise
-        except Exception as error:
-            if kwargs["debug"]:
-                traceback.print_exc()
-            said = " ".join(str(error).split())
-            report_failure(f"internal error: {type(error).__name__}: {said}. `--debug` shows where.")
-            _exit(1)
-
-    return wrapped
-
-
-def _exit(code: int) -> None:
-    """Leave at once where other ranks may be waiting: a rank that failed must not wait for them in its turn."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-        os._exit(code)
-    raise typer.Exit(code)
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -188,30 +123,7 @@ def _train(name: str, recipe: str, overrides: list[str], nproc: int) -> None:
 
         plan(config, nproc)
 
-    _run_ranks(work, check, nproc, config.engine.device, "engine.device")
-
-
-def _run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int, device: str, setting: str) -> None:
-    """Do `work(world)` in this process, or in `nproc` new ones after `check` found nothing against it.
-
-    `device` is what the user asked for by `setting`.
-    """
-    from vitscale.launch.local import check_processes, die_with_launcher, launch, under_launcher
-
-    if not under_launcher():
-        check_processes(nproc, device, setting)
-        if nproc > 1:
-            check()
-            code = launch(sys.argv[1:], nproc)
-            if code:
-                raise typer.Exit(code)
-            return
-    from vitscale.pipeline.distributed import join, leave
-
-    die_with_launcher()
-    world = join(device)
-    work(world)
-    leave()
+    run_ranks(work, check, nproc, config.engine.device, "engine.device")
 
 
 @app.command()
@@ -250,7 +162,7 @@ def evaluate(
         evaluation.check(checkpoint, dataset)
 
     require_choice("--device", device, ("auto", "cpu", "cuda"))
-    _run_ranks(work, check, nproc, device, "--device")
+    run_ranks(work, check, nproc, device, "--device")
 
 
 @app.command()

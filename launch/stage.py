@@ -1,0 +1,99 @@
+"""What the commands share: errors as paragraphs and exit codes, help with settings, and work on several ranks.
+
+Like the command itself, it imports nothing heavy before it is needed.
+"""
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from vitscale.errors import UserError
+
+
+def settings_of(stage: str) -> Any:
+    """Default settings of a stage as a dataclass."""
+    if stage == "shard":
+        from vitscale.data_prep.shard import ShardConfig
+
+        return ShardConfig()
+    from vitscale.pipeline.config import Config
+
+    return Config()
+
+
+class SettingsCommand(TyperCommand):
+    """A command that takes SETTING=VALUE arguments: `--help` also lists every setting with its default."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from vitscale.pipeline.config import explain
+
+        print("Settings, as SETTING=VALUE, with their defaults:\n")
+        print(explain(settings_of(str(ctx.info_name))))
+
+
+def stage(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors into one paragraph and an exit code: 2 for the user's, 1 for ours, 130 for Ctrl-C."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from vitscale.launch.local import report_failure
+
+        try:
+            function(*args, **kwargs)
+        except UserError as error:
+            if kwargs["debug"]:
+                traceback.print_exc()
+            report_failure(f"error: {error}", cause=True)
+            _exit(2)
+        except KeyboardInterrupt:
+            report_failure("interrupted; run the same command again to go on")
+            _exit(130)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if kwargs["debug"]:
+                traceback.print_exc()
+            said = " ".join(str(error).split())
+            report_failure(f"internal error: {type(error).__name__}: {said}. `--debug` shows where.")
+            _exit(1)
+
+    return wrapped
+
+
+def _exit(code: int) -> None:
+    """Leave at once where other ranks may be waiting: a rank that failed must not wait for them in its turn."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        os._exit(code)
+    raise typer.Exit(code)
+
+
+def run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int, device: str, setting: str) -> None:
+    """Do `work(world)` in this process, or in `nproc` new ones after `check` found nothing against it.
+
+    `device` is what the user asked for by `setting`.
+    """
+    from vitscale.launch.local import check_processes, die_with_launcher, launch, under_launcher
+
+    if not under_launcher():
+        check_processes(nproc, device, setting)
+        if nproc > 1:
+            check()
+            code = launch(sys.argv[1:], nproc)
+            if code:
+                raise typer.Exit(code)
+            return
+    from vitscale.pipeline.distributed import join, leave
+
+    die_with_launcher()
+    world = join(device)
+    work(world)
+    leave()
