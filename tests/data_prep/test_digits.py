@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def test_digits_are_split_once_and_for_all(tmp_path: Path) -> None:
     names = "\n".join(str(path.relative_to(tmp_path / "images")) for path in files)
     assert hashlib.sha256(names.encode()).hexdigest()[:16] == "245f87223c6820a9"
     assert sorted(int(path.stem) for path in files) == list(range(1797))
-    digits = load_digits()
+    digits: Any = load_digits()
     for path in files[::100]:
         image, number = Image.open(path), int(path.stem)
         assert image.size == ((24, 28, 32)[number % 3],) * 2
