@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vitscale.data_prep.publish import publish_text, sync_folder
@@ -43,7 +44,7 @@ def export(source: str, out: str) -> float:
             os.fsync(file.fileno())
         partial.rename(target)
         sync_folder(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             "OUT", f"{error} while writing {out}", "a folder that can be written", "Choose another."
         ) from error

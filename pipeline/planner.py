@@ -19,7 +19,7 @@ from vitscale.pipeline.weights import open_trained
 # settings that may change when a run goes on: they leave its samples and its mathematics alone
 HARMLESS = (
     "run.dir", "run.log_every", "data.", "engine.device", "engine.zero_stage", "engine.micro_batch", "checkpoint.",
-    "eval.", "init_from",
+    "eval.",
 )  # fmt: skip
 
 
