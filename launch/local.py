@@ -1,17 +1,14 @@
 """Several processes on this machine, by torch's elastic launcher."""
 
-import ctypes
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
 from vitscale.errors import UserError
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 EXIT_USER_ERROR = 2
 
 
@@ -59,12 +56,6 @@ def launch(command: list[str], processes: int) -> int:
     except SignalException:
         raise KeyboardInterrupt from None
     return 0
-
-
-def die_with_launcher() -> None:
-    """Have the kernel kill this rank when its launcher dies, so that none goes on alone (Linux)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def report_failure(text: str, cause: bool = False) -> None:

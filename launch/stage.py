@@ -68,20 +68,20 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _exit(code: int) -> None:
-    """Leave at once where other ranks may be waiting: a rank that failed must not wait for them in its turn."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-        os._exit(code)
+    """Leave, at once if this process may be a rank: one that failed must not wait for others in its turn."""
+    if "torch" in sys.modules:
+        from vitscale.pipeline.distributed import end
+
+        end(code)
     raise typer.Exit(code)
 
 
 def run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int, device: str, setting: str) -> None:
-    """Do `work(world)` in this process, or in `nproc` new ones after `check` found nothing against it.
+    """Do `work(world)` in this process, which then ends, or in `nproc` new ones after `check` found nothing against it.
 
     `device` is what the user asked for by `setting`.
     """
-    from vitscale.launch.local import check_processes, die_with_launcher, launch, under_launcher
+    from vitscale.launch.local import check_processes, launch, under_launcher
 
     if not under_launcher():
         check_processes(nproc, device, setting)
@@ -91,9 +91,10 @@ def run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int
             if code:
                 raise typer.Exit(code)
             return
-    from vitscale.pipeline.distributed import join, leave
+    from vitscale.pipeline.distributed import die_with_parent, join, leave
 
-    die_with_launcher()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     world = join(device)
     work(world)
     leave()

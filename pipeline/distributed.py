@@ -1,11 +1,14 @@
 """Processes that train together: joining the group, and the few collectives used outside the engine."""
 
+import ctypes
 import os
 import re
+import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,7 @@ import torch.distributed as dist
 from vitscale.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)  # a collective that waits longer ends the run instead of hanging for ever
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,28 @@ def join(device: str = "auto") -> World:
     return World(rank, size, local_rank, target)
 
 
-def leave() -> None:
-    """Leave the process group, if joined, once every rank got this far."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+def leave() -> NoReturn:
+    """End this process, which joined, once every rank got this far."""
+    dist.barrier()
+    dist.destroy_process_group()
+    end(0)
+
+
+def end(code: int) -> NoReturn:
+    """End this process at once, without waiting for other ranks or tearing the interpreter down.
+
+    DeepSpeed holds on to process groups, whose gloo threads therefore outlive `destroy_process_group`, and abort if
+    they still let go of a tensor while the interpreter ends.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies, so that it does not go on alone (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def launcher_place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:

@@ -14,7 +14,7 @@ from vitscale.pipeline.config import AugmentConfig
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.augment import Pixels, Preprocess, training_view
 from vitscale.pipeline.data.store import Store
-from vitscale.pipeline.distributed import World
+from vitscale.pipeline.distributed import World, die_with_parent
 
 Batch = dict[str, torch.Tensor]
 Request = tuple[int, int]  # sample number, epoch
@@ -124,6 +124,10 @@ class _Collate:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def _die_with_rank(worker: int) -> None:
+    die_with_parent()
+
+
 def _batches(
     store: Store, view: View, requests: Iterable[list[Request]], settings: LoaderSettings, world: World
 ) -> Iterator[Batch]:
@@ -134,6 +138,7 @@ def _batches(
         collate_fn=_Collate(settings.micro_batch, view.size),
         num_workers=settings.workers,
         pin_memory=cuda,
+        worker_init_fn=_die_with_rank,
         generator=torch.Generator(),  # its own: the global one belongs to the model's dropout
     )
     for batch in loader:
