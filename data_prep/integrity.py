@@ -5,16 +5,27 @@ Sources: JPEG markers, ITU-T T.81 annex B; PNG chunks, W3C PNG 3rd edition §5; 
 
 import re
 import zlib
+from typing import NamedTuple
 
 _JPEG_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # neither a stuffed FF00 nor a restart marker
-_JPEG_TEM, _JPEG_SOI, _JPEG_EOI = 0x01, 0xD8, 0xD9
+_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)(\d)")
+_JPEG_TEM, _JPEG_SOI, _JPEG_EOI, _JPEG_SOS = 0x01, 0xD8, 0xD9, 0xDA
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+class JpegHeader(NamedTuple):
+    """A JPEG of the common kind: 8 bits, one picture, grey or YCbCr, upright where `orientation` is 1."""
+
+    width: int
+    height: int
+    orientation: int
 
 
 class ImageRejected(ValueError):  # noqa: N818 - a verdict on data, not a fault of the program
     """Bytes that may not enter a data set. The text is `category` or `category: detail`, on one line.
 
-    Categories: empty file, not an image, too many pixels, truncated, corrupt, unsupported.
+    Categories: empty file, not an image, too many pixels, too large, truncated, corrupt, unsupported, unreadable,
+    unsafe, label.
     """
 
 
@@ -44,8 +55,58 @@ def check_whole(data: bytes, image_format: str) -> None:
         _check_png(data)
 
 
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """Read the markers of a JPEG up to its pixels; None where it is damaged there, or is of a kind less common.
+
+    Sources: T.81 annex B; Adobe TN 5116 (APP14); CIPA DC-007 (several pictures, APP2); Exif 2.3 §4.6 (APP1).
+    """
+    position, size, plain, orientation = 2, None, True, 1
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker, start = data[position + 1], position + 4
+        if marker == _JPEG_SOS:
+            return JpegHeader(*size, orientation) if size and plain else None
+        position = start - 2 + int.from_bytes(data[start - 2 : start])
+        if marker == 0xE1 and data.startswith(b"Exif\0\0", start):
+            orientation = _exif_orientation(data[start + 6 : position])
+        elif marker == 0xE1:
+            turned = _XMP_ORIENTATION.search(data, start, position)
+            plain &= turned is None or turned[1] == b"1"
+        elif marker == 0xE2:
+            plain &= not data.startswith(b"MPF\0", start)
+        elif marker == 0xEE and data.startswith(b"Adobe", start):
+            plain &= data[start + 11 : start + 12] == b"\1"  # YCbCr
+        elif marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
+            size = int.from_bytes(data[start + 3 : start + 5]), int.from_bytes(data[start + 1 : start + 3])
+            ids = data[start + 6 : start + 6 + 3 * data[start + 5] : 3] if start + 5 < len(data) else b""
+            plain &= data[start : start + 1] == b"\x08" and (len(ids) == 1 or ids in (b"\1\2\3", b"\0\1\2"))
+        elif not (0xE0 <= marker <= 0xEF or marker in (0xC4, 0xDB, 0xDD, 0xFE)):
+            return None
+        if orientation == 0:
+            return None
+    return None
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """Orientation 1 to 8 out of an Exif block, 1 where it names none, 0 where it is out of the ordinary."""
+    order = {b"II*\0": "little", b"MM\0*": "big"}.get(tiff[:4])
+    if order is None:
+        return 0
+
+    def number(at: int, length: int) -> int:
+        return int.from_bytes(tiff[at : at + length], order)  # pyright: ignore[reportArgumentType]
+
+    directory = number(4, 4)
+    for entry in range(directory + 2, directory + 2 + 12 * min(number(directory, 2), 1000), 12):
+        if number(entry, 2) == 0x0112:
+            value = number(entry + 8, 2)
+            return value if (number(entry + 2, 2), number(entry + 4, 4)) == (3, 1) and 1 <= value <= 8 else 0
+    return 1
+
+
 def _check_jpeg(data: bytes) -> None:
     """Walk the marker segments to the end-of-image marker; bytes after it, such as further MPO pictures, are free."""
+    if data.endswith(b"\xff\xd9"):
+        return
     position = 2
     while match := _JPEG_MARKER.search(data, position):
         position, marker = match.end(), match[1][0]

@@ -6,76 +6,74 @@ Files that this package did not write are never touched.
 """
 
 import json
-import os
 import re
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
-import PIL
-import pyarrow as pa
-
-from vitscale.data_prep.manifest import (
-    DATASET_FILE,
-    INDEX_FILE,
-    MANIFEST_FILE,
-    REJECTED_FILE,
-    read_dataset,
-)
-from vitscale.data_prep.publish import PARTIAL, publish
+from vitscale.data_prep.manifest import DATASET_FILE, INDEX_FILE, MANIFEST, REJECTED_FILE, read_dataset
+from vitscale.data_prep.publish import PARTIAL
+from vitscale.data_prep.storage import Folder, LocalFolder
 from vitscale.errors import UserError
 
-UNFINISHED_FILE = "unfinished.json"
-_OWN = {UNFINISHED_FILE, INDEX_FILE, MANIFEST_FILE, REJECTED_FILE, DATASET_FILE}
-_SHARD_FILE = re.compile(r"[\w-]+-\d{6}\.(tar|samples\.parquet)")
+UNFINISHED_FILE, WORK = "unfinished.json", "work"
+CARD_FILES = ("card.html", "card.md")
+_OWN = {UNFINISHED_FILE, INDEX_FILE, MANIFEST, REJECTED_FILE, DATASET_FILE, WORK, *CARD_FILES}
+_SHARD_FILE = re.compile(r"[\w-]+-\d{6}\.(tar|samples\.parquet)|index-\d+\.parquet")
 _REMEDY = "Choose another folder for OUT, or remove this one if you no longer need it."
 
 
-def find_complete(out: Path, run: str) -> dict[str, Any] | None:
+def find_complete(out: Folder, run: str, append: bool) -> dict[str, Any] | None:
     """Return dataset.json where `out` already holds all of this `run`, None where the run may write there.
 
     `run` is a digest of what is made of what. Changes nothing. Raises `UserError` (OUT) for any other content.
     """
-    if not out.exists():
-        return None
-    if not out.is_dir():
-        raise UserError("OUT", f"{out}, which is a file", "a folder", "Choose another path for OUT.")
-    names = sorted(os.listdir(out))
+    if isinstance(out, LocalFolder) and out.path.exists() and not out.path.is_dir():
+        raise UserError("OUT", f"{out.url}, which is a file", "a folder", "Choose another path for OUT.")
+    names = sorted(out.names())
     if DATASET_FILE in names:
-        info = read_dataset(out, "OUT").info
-        if info.get("run") == run:
+        info = read_dataset(out.url, "OUT").info
+        if run in [part["run"] for part in info["parts"]]:
             return info
-        raise UserError("OUT", f"{out}, a dataset of another source or other settings", "an empty folder", _REMEDY)
-    _refuse_foreign(out, names)
-    if UNFINISHED_FILE in names and (out / UNFINISHED_FILE).read_bytes() != _claim_of(run):
+        if not append:
+            raise UserError(
+                "OUT", f"{out.url}, a dataset of another source or other settings", "an empty folder", _REMEDY
+            )
+    elif append:
+        raise UserError("--append", f"{out.url}, without a dataset", "a dataset to append to", "Leave --append out.")
+    else:
+        _refuse_foreign(out, names)
+    if UNFINISHED_FILE in names and out.read(UNFINISHED_FILE) != _claim_of(run):
         raise UserError(
             "OUT",
-            f"{out}, left by an interrupted run of another source, settings or versions",
+            f"{out.url}, left by an interrupted run of another source, settings or versions",
             "an empty folder",
             _REMEDY,
         )
     return None
 
 
-def claim(out: Path, run: str) -> None:
-    """Make the folder and write down which run owns it; clear away what a killed run was still writing."""
-    out.mkdir(parents=True, exist_ok=True)
-    for left_over in out.glob(f"*{PARTIAL}"):
-        left_over.unlink()
-    with publish(out / UNFINISHED_FILE) as file:
-        file.write(_claim_of(run))
+def claim(out: Folder, run: str, alone: bool) -> None:
+    """Make the folder and write down which run owns it; if `alone`, clear away what a killed run was still writing."""
+    if alone and isinstance(out, LocalFolder):
+        for left_over in out.path.rglob(f"*{PARTIAL}"):
+            left_over.unlink(missing_ok=True)  # its writer may live on for a moment
+    if out.size(UNFINISHED_FILE) is None:
+        with out.publish(UNFINISHED_FILE) as file:
+            file.write(_claim_of(run))
 
 
-def release(out: Path) -> None:
+def release(out: Folder) -> None:
     """Give up the claim, once dataset.json is published."""
-    (out / UNFINISHED_FILE).unlink(missing_ok=True)
+    out.remove(WORK)
+    out.remove(UNFINISHED_FILE)
 
 
-def _refuse_foreign(out: Path, names: list[str]) -> None:
+def _refuse_foreign(out: Folder, names: list[str]) -> None:
     """Raise where a name is not this package's, or could be but no run claims the folder."""
     claimed = UNFINISHED_FILE in names
     foreign = [name for name in names if not (_is_own(name) if claimed else name.startswith(UNFINISHED_FILE))]
     if foreign:
-        raise UserError("OUT", f"{out}, which holds other files ({foreign[0]})", "an empty folder", _REMEDY)
+        raise UserError("OUT", f"{out.url}, which holds other files ({foreign[0]})", "an empty folder", _REMEDY)
 
 
 def _is_own(name: str) -> bool:
@@ -84,4 +82,5 @@ def _is_own(name: str) -> bool:
 
 def _claim_of(run: str) -> bytes:
     """Name the run and the versions on which the bytes depend, so that shards of two versions never mix."""
-    return json.dumps({"run": run, "pillow": PIL.__version__, "pyarrow": pa.__version__}).encode() + b"\n"
+    libraries = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "simplejpeg")
+    return json.dumps({"run": run} | {name: version(name) for name in libraries}).encode() + b"\n"

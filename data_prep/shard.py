@@ -1,104 +1,277 @@
-"""`vitscale shard`: list the source → scan (decode and hash every image) → plan → write shards → publish dataset.json.
+"""`vitscale shard`: list the source → scan → match → dedup → plan → write → records → publish dataset.json.
 
-The result is a pure function of source, settings and software versions: any number of worker processes, any order in
-which the file system lists names, and any number of interruptions give the same bytes.
+Each stage is a list of tasks, each task publishes a file as its done-marker, and the next stage reads what all of them
+left in `OUT/work`. So any stage can be cut into parts that share nothing but the folders, be killed at any moment, and
+go on. The result is a pure function of source, settings and software versions: any number of parts, workers and
+interruptions, and any order in which a file system lists names, give the same bytes.
 """
 
 import hashlib
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from pyarrow.csv import write_csv
 
-from vitscale.data_prep.decode import MAX_PIXELS
-from vitscale.data_prep.executors import available_cores, parallel_map
+from vitscale.data_prep import phash
+from vitscale.data_prep.card import write_card
+from vitscale.data_prep.config import ShardConfig
+from vitscale.data_prep.dedup import BucketTask, dedup, match
+from vitscale.data_prep.executors import Executor, make_executor
 from vitscale.data_prep.manifest import (
     DATASET_FILE,
     INDEX,
     INDEX_FILE,
-    MANIFEST_FILE,
-    RECORDS,
     REJECTED_FILE,
     SCHEMA_VERSION,
+    Dataset,
     ShardEntry,
     fingerprint,
+    manifest_parts,
+    read_dataset,
+    read_table,
     write_table,
 )
-from vitscale.data_prep.out_folder import claim, find_complete, release
-from vitscale.data_prep.plan import assign_keys, cut, shuffled
-from vitscale.data_prep.publish import publish
-from vitscale.data_prep.scan import scan_chunk
-from vitscale.data_prep.sources import Chunk, Source, open_source
-from vitscale.data_prep.write import ShardTask, write_shard
+from vitscale.data_prep.out_folder import WORK, claim, find_complete, release
+from vitscale.data_prep.plan import layout, plan
+from vitscale.data_prep.records import RecordsTask, Summary, read_summary, rejected, write_records
+from vitscale.data_prep.scan import ExistingTask, ScanTask, scan, scan_existing
+from vitscale.data_prep.sources import Source, open_source
+from vitscale.data_prep.storage import Folder, LocalFolder, open_folder, within
+from vitscale.data_prep.write import WriteTask, write
 from vitscale.errors import UserError
 
-Progress = Callable[[str, int, int], None]
+STAGES = ("scan", "match", "dedup", "plan", "write", "records")
+BUCKET_RECORDS, MAX_BUCKETS = 250_000, 4096  # records in memory of a task of dedup and plan; at most so many tasks
+
+
+@dataclass
+class Tally:
+    """What a stage got through in this process."""
+
+    images: int = 0
+    bytes: int = 0
+    rejected: int = 0
+
+
+Progress = Callable[[str, int, int, Tally], None]
 
 
 @dataclass(frozen=True)
-class ShardConfig:
-    """Settings of a run. `shard_samples` is the most a shard holds; `workers` 0 stands for every available core.
+class Part:
+    """Part `number` (from 1) of `of`: what one of several processes does of a stage."""
 
-    `jpeg_quality` is of pictures that cannot be stored as they are. Raises `UserError`, naming the field.
-    """
+    number: int
+    of: int
 
-    split: str = "train"
-    seed: int = 0
-    shard_samples: int = 10_000
-    jpeg_quality: int = 95
-    max_pixels: int = MAX_PIXELS
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.split):
-            raise UserError(
-                "split", repr(self.split), "a word of letters, digits, - and _", "It becomes part of file names."
-            )
-        self._check_range("seed", 0, 2**63 - 1)
-        self._check_range("shard_samples", 1, 10**9)
-        self._check_range("jpeg_quality", 1, 100)
-        self._check_range("max_pixels", 1, MAX_PIXELS)
-        self._check_range("workers", 0, 1024)
-
-    def _check_range(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if type(value) is not int or not low <= value <= high:
-            raise UserError(name, repr(value), f"a whole number from {low} to {high}", "Correct the setting.")
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read `3/64`. Raises `UserError` (--part)."""
+        number, slash, of = text.partition("/")
+        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            raise UserError("--part", text, "a part of all, such as 3/64", "Number the parts from 1.")
+        return cls(int(number), int(of))
 
 
-def shard(source: str, out: str, config: ShardConfig, on_progress: Progress | None = None) -> dict[str, Any]:
+def bucket_count(images: int) -> int:
+    """Tasks of dedup and of plan for so many images."""
+    return min(MAX_BUCKETS, -(-images // BUCKET_RECORDS))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run: what is made of what, and where. `before` is the dataset that is appended to."""
+
+    source: Source
+    out: Folder
+    work: Folder
+    config: ShardConfig
+    run: str
+    before: Dataset | None
+
+    @property
+    def buckets(self) -> int:
+        return bucket_count(self.source.images + (self.before.samples if self.before else 0))
+
+    @property
+    def bits(self) -> int:
+        """Bits of a band; 0 where near duplicates are not looked for."""
+        return phash.band_bits(self.source.images) if self.config.dedup.near else 0
+
+    @property
+    def generation(self) -> int:
+        return len(self.before.info["parts"]) if self.before else 0
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Tasks by the name of their done-marker within `work`."""
+
+    name: str
+    function: Callable[[Any], Any]
+    tasks: Callable[[_Job], dict[str, Any]]
+    light: Callable[[ShardConfig], bool] = lambda config: True
+
+
+def shard(
+    source: str,
+    out: str,
+    config: ShardConfig,
+    on_progress: Progress | None = None,
+    *,
+    stage: str = "",
+    part: Part | None = None,
+    append: bool = False,
+) -> dict[str, Any]:
     """Shard `source` (see `open_source`) into the folder `out`; return dataset.json and `already_complete`.
 
-    `on_progress(stage, done, total)` is called with images done while scanning ("scan") and shards while writing
-    ("write"). Where `out` holds this very dataset, nothing is written. An interrupted run is continued. Raises
+    `on_progress(stage, tasks done, tasks, tally)` is called after each task. Where `out` holds this very dataset,
+    nothing is written. An interrupted run is continued. `stage` does one of `STAGES` alone, or a part of it, or
+    `publish`, and returns {} unless it published. `append` adds to the dataset in `out`, whose shards stay. Raises
     `UserError` for bad settings, an unusable source, an `out` that holds anything else, and a disk that is full.
     """
-    report = on_progress or (lambda stage, done, total: None)
+    if stage not in ("", "publish", *STAGES):
+        raise UserError("--stage", stage, f"one of {', '.join(STAGES)}, publish", "Leave it out for all of them.")
+    if part and stage not in STAGES:
+        raise UserError("--part", f"{part.number}/{part.of}", "--stage beside it", f"Add --stage {STAGES[0]}.")
+    report = on_progress or (lambda stage, done, total, tally: None)
+    for path in config.dedup.against:
+        read_dataset(path, "dedup.against", check_files=False)
     listed = open_source(source)
-    folder = Path(out).absolute()
-    _refuse_nested(source, folder)
-    run = _run_digest(listed, config)
+    folder = open_folder(out, "OUT")
+    _refuse_nested(listed, folder)
     with _writing(out):
-        if complete := find_complete(folder, run):
+        run = _run_digest(listed, config)
+        if complete := find_complete(folder, run, append):
             release(folder)
             return complete | {"already_complete": True}
-    records = _scan(listed, config, report)
-    _check_kept(listed, records)
-    with _writing(out):
-        claim(folder, run)
-        info = _write(listed, records, folder, config, report) | {"run": run}
-        _publish_json(folder / DATASET_FILE, info)
+        before = read_dataset(out, "OUT") if append else None
+        job = _Job(listed, folder, within(folder, WORK), config, run, before)
+        _check_append(job)
+        claim(folder, run, alone=not part)
+        with make_executor(config.executor, config.workers) as executor:
+            for name in [stage] if stage else [*STAGES, "publish"]:
+                if name != "publish":
+                    _run_stage(job, name, part or Part(1, 1), executor, report)
+        if stage in STAGES:
+            return {}
+        _check_done(job, len(STAGES), "publish")
+        info = _publish(job)
         release(folder)
     return info | {"already_complete": False}
+
+
+def _run_stage(job: _Job, name: str, part: Part, executor: Executor, report: Progress) -> None:
+    """Do those tasks of a stage, or of a part of it, that are not done yet."""
+    number = STAGES.index(name)
+    _check_done(job, number, name)
+    stage = _STAGES[number]
+    tasks = list(stage.tasks(job).items())[part.number - 1 :: part.of]
+    done = job.work.names(_marker_folder(stage.name))
+    todo = [task for marker, task in tasks if marker.rsplit("/", 1)[-1] not in done]
+    tally, results = Tally(), executor.map(stage.function, todo, stage.light(job.config))
+    for finished, result in enumerate(results, start=1 + len(tasks) - len(todo)):
+        images, size, lost = result or (0, 0, 0)
+        tally.images, tally.bytes, tally.rejected = tally.images + images, tally.bytes + size, tally.rejected + lost
+        report(name, finished, len(tasks), tally)
+
+
+def _check_done(job: _Job, count: int, name: str) -> None:
+    """Raise `UserError` unless the first `count` stages are complete."""
+    for stage in _STAGES[:count]:
+        wanted = {marker.rsplit("/", 1)[-1] for marker in stage.tasks(job)}
+        missing = wanted - job.work.names(_marker_folder(stage.name))
+        if missing:
+            raise UserError(
+                "--stage",
+                f"{name}, while {len(missing)} of {len(wanted)} tasks of the stage {stage.name} are not done",
+                "all of them done",
+                f"Run every part of --stage {stage.name} first; one that failed can be run again.",
+            )
+
+
+def _marker_folder(stage: str) -> str:
+    return {"write": "shards", "records": "summary"}.get(stage, stage)
+
+
+def _scan_tasks(job: _Job) -> dict[str, Any]:
+    place = job.source.folder, job.work
+    return {
+        f"scan/{number:04d}.parquet": ScanTask(*place, number, chunk, job.config, job.buckets, job.bits)
+        for number, chunk in enumerate(job.source.chunks)
+    }
+
+
+def _bucket_tasks(job: _Job, marker: str) -> dict[str, Any]:
+    chunks = len(job.source.chunks)
+    existing = len(manifest_parts(job.before)) if job.before else 0
+    names = (*(f"e{number:04d}" for number in range(existing)), *(f"{number:04d}" for number in range(chunks)))
+    shared = names, job.buckets, job.bits, chunks, job.config.seed, job.config.dedup
+    return {marker.format(number): BucketTask(job.work, number, *shared) for number in range(job.buckets)}
+
+
+def _write_tasks(job: _Job) -> dict[str, Any]:
+    cuts = _layout(job)
+    first = len(job.before.shards) if job.before else 0
+    tasks = {}
+    for number, (start, stop) in enumerate(zip(cuts.shards[:-1], cuts.shards[1:], strict=True)):
+        name = f"{job.config.split}-{first + number:06d}.tar"
+        place = job.source.folder, job.work, job.out, name, number
+        tasks[f"shards/{number:06d}.parquet"] = WriteTask(*place, cuts.buckets, start, stop)
+    return tasks
+
+
+def _layout(job: _Job) -> Any:
+    cuts = layout(job.work, job.buckets, job.config.shard_samples, job.config.shard_mb * 10**6)
+    if not cuts.shards[-1]:
+        reason = next(iter(_first_reasons(job)), "it is empty")
+        raise UserError(
+            "SOURCE",
+            f"{job.source.name}, of which no image is kept (first: {reason})",
+            "at least one readable image",
+            "Check that these are JPEG, PNG, GIF, WebP, BMP or TIFF files, and the settings of dedup.",
+        )
+    return cuts
+
+
+def _first_reasons(job: _Job) -> Iterator[str]:
+    from vitscale.data_prep.scan import SCAN
+
+    for number in range(len(job.source.chunks)):
+        reasons = read_table(job.work, f"scan/{number:04d}.parquet", SCAN)["reason"]
+        yield from (reason for reason in reasons.to_pylist() if reason)
+
+
+def _records_tasks(job: _Job) -> dict[str, Any]:
+    return {
+        f"summary/{number:04d}.json": RecordsTask(job.work, job.out, number, job.generation, job.buckets)
+        for number in range(len(job.source.chunks))
+    }
+
+
+def _all_scans(task: Any) -> Any:
+    return scan_existing(task) if isinstance(task, ExistingTask) else scan(task)
+
+
+def _all_scan_tasks(job: _Job) -> dict[str, Any]:
+    existing: dict[str, Any] = {}
+    for number, name in enumerate(manifest_parts(job.before) if job.before else []):
+        task = ExistingTask(job.out, job.work, number, name, job.buckets, job.bits)
+        existing[f"scan/e{number:04d}.parquet"] = task
+    return existing | _scan_tasks(job)
+
+
+_STAGES = (
+    _Stage("scan", _all_scans, _all_scan_tasks, lambda config: config.check == "header" and not config.resize.shorter),
+    _Stage("match", match, lambda job: _bucket_tasks(job, "match/{:04d}.arrow") if job.bits else {}),
+    _Stage("dedup", dedup, lambda job: _bucket_tasks(job, "dedup/{:04d}.parquet")),
+    _Stage("plan", plan, lambda job: _bucket_tasks(job, "plan/{:04d}.parquet")),
+    _Stage("write", write, _write_tasks),
+    _Stage("records", write_records, _records_tasks),
+)
 
 
 @contextmanager
@@ -115,137 +288,104 @@ def _writing(out: str) -> Iterator[None]:
         ) from error
 
 
-def _refuse_nested(source: str, out: Path) -> None:
+def _refuse_nested(source: Source, out: Folder) -> None:
     """Refuse to write shards among the images, where the next run would list them."""
-    if out.resolve().is_relative_to(Path(source).resolve()):
-        raise UserError("OUT", f"{out}, within SOURCE", "a folder outside of it", "Choose another folder for OUT.")
+    if isinstance(out, LocalFolder) and isinstance(source.folder, LocalFolder):
+        inside = out.path.resolve().is_relative_to(source.folder.path.resolve())
+    else:
+        inside = f"{out.url}/".startswith(f"{source.folder.url}/")
+    if inside and source.walked:
+        raise UserError("OUT", f"{out.url}, within SOURCE", "a folder outside of it", "Choose another folder for OUT.")
 
 
 def _run_digest(source: Source, config: ShardConfig) -> str:
     """Name what would be made of what, apart from software versions."""
     settings = asdict(config)
-    del settings["workers"]
+    del settings["workers"], settings["executor"]
+    settings["dedup"]["against"] = [read_dataset(path, check_files=False).fingerprint for path in config.dedup.against]
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, source.digest, source.classes, settings]).encode()).hexdigest()
 
 
-def _scan(source: Source, config: ShardConfig, report: Progress) -> pa.Table:
-    """Return the records of the whole source, in its order, with keys."""
-    scan = partial(scan_chunk, split=config.split, max_pixels=config.max_pixels)
-    total, done, parts = sum(map(len, source.chunks)), 0, []
-    for part in parallel_map(scan, source.chunks, _workers(config)):
-        parts.append(part)
-        done += len(part)
-        report("scan", done, total)
-    records = pa.concat_tables(parts)
-    keys = np.full(len(records), None, dtype=object)
-    keys[_is_kept(records)] = assign_keys(_kept(records)["sha256"].to_pylist())
-    return records.set_column(0, RECORDS.field("key"), pa.array(keys, pa.string()))
+def _check_append(job: _Job) -> None:
+    """Raise `UserError` where the source does not go with the dataset that it is appended to."""
+    if job.before is None:
+        return
+    for name, got, expected in (
+        ("split", job.config.split, job.before.split),
+        ("SOURCE", f"labels of the kind {job.source.labelled}", f"labels of the kind {job.before.labelled}"),
+        ("SOURCE", f"the classes {job.source.classes}", f"the classes {list(job.before.classes)}"),
+    ):
+        if got != expected and not (got == "the classes None"):
+            raise UserError(name, got, f"{expected}, as in {job.before.folder.url}", "Shard into a folder of its own.")
 
 
-def _is_kept(records: pa.Table) -> np.ndarray:
-    return records["reason"].is_null().to_numpy()
+def _publish(job: _Job) -> dict[str, Any]:
+    """Publish index, list of rejected and card, and dataset.json last; return its content."""
+    summary = read_summary(job.work, len(job.source.chunks))
+    old = job.before.shards if job.before else ()
+    entries = [*old, *_new_entries(job)]
+    suffix = f"-{job.generation}" if job.before else ""
+    index = INDEX_FILE.replace(".", f"{suffix}.")
+    columns = [[getattr(entry, name) for entry in entries] for name in ("name", "samples", "bytes", "sha256")]
+    write_table(job.out, index, pa.table(columns, schema=INDEX))
+    with job.out.publish(REJECTED_FILE.replace(".", f"{suffix}.")) as file:
+        file.write(b'"name","status","reason"\n')
+        for number in range(len(job.source.chunks)):
+            file.write(job.work.read(f"rejected/{number:04d}.csv"))
+    info = _describe(job, summary, entries, index)
+    write_card(job.out, job.source, job.work, info, summary)
+    with job.out.publish(DATASET_FILE) as file:
+        file.write(json.dumps(info, indent=1, ensure_ascii=False).encode() + b"\n")
+    return info
 
 
-def _kept(records: pa.Table) -> pa.Table:
-    return records.filter(pa.array(_is_kept(records)))
+def _new_entries(job: _Job) -> Iterator[ShardEntry]:
+    with ThreadPoolExecutor(16) as pool:  # an object store answers slowly, but many at once
+        for table in pool.map(lambda marker: read_table(job.work, marker, INDEX), _write_tasks(job)):
+            for row in table.to_pylist():
+                yield ShardEntry(row["shard"], row["samples"], row["bytes"], row["sha256"])
 
 
-def _rejected(records: pa.Table) -> pa.Table:
-    return records.filter(pa.array(~_is_kept(records)))
-
-
-def _check_kept(source: Source, records: pa.Table) -> None:
-    """Raise `UserError` (SOURCE) where no image was kept, or none of a class that must have some."""
-    kept = set(_kept(records)["label"].to_pylist())
-    if not kept:
-        raise UserError(
-            "SOURCE",
-            f"{source.name}, where all {len(records)} images are rejected (first: {records['reason'][0].as_py()})",
-            "at least one readable image",
-            "Check that these are JPEG, PNG, GIF, WebP, BMP or TIFF files.",
-        )
-    empty = [name for label, name in enumerate(source.classes) if label not in kept]
-    if empty and source.needs_every_class:
-        raise UserError(
-            "SOURCE",
-            f"{source.name}, without a readable image in the class folders {', '.join(empty)}",
-            "at least one in each",
-            "Add images, or remove the folders.",
-        )
-
-
-def _write(source: Source, records: pa.Table, folder: Path, config: ShardConfig, report: Progress) -> dict[str, Any]:
-    """Publish all but dataset.json, and return its content."""
-    tasks = _plan(source, records, folder, config)
-    shards: list[ShardEntry] = []
-    for entry in parallel_map(write_shard, tasks, _workers(config)):
-        shards.append(entry)
-        report("write", len(shards), len(tasks))
-    columns = [[getattr(entry, name) for entry in shards] for name in ("name", "samples", "bytes", "sha256")]
-    write_table(folder / INDEX_FILE, pa.table(columns, schema=INDEX))
-    write_table(folder / MANIFEST_FILE, records)
-    with publish(folder / REJECTED_FILE) as file:
-        write_csv(_rejected(records).select(["name", "reason"]), file)
-    return _describe(source, records, shards, config)
-
-
-def _plan(source: Source, records: pa.Table, folder: Path, config: ShardConfig) -> list[ShardTask]:
-    """Assign every kept record its shard and position."""
-    rows = np.flatnonzero(_is_kept(records))
-    keys, labels = (_kept(records)[name].to_pylist() for name in ("key", "label"))
-    order = np.array(shuffled(keys, config.seed))
-    starts = np.cumsum([0, *map(len, source.chunks)])
-    tasks = []
-    for number, (start, end) in enumerate(cut(len(order), config.shard_samples)):
-        chosen = order[start:end]
-        tasks.append(
-            ShardTask(
-                folder=str(folder),
-                name=f"{config.split}-{number:06d}.tar",
-                keys=[keys[sample] for sample in chosen],
-                labels=[labels[sample] for sample in chosen],
-                picks=_picks(source, starts, rows[chosen]),
-                jpeg_quality=config.jpeg_quality,
-                max_pixels=config.max_pixels,
-            )
-        )
-    return tasks
-
-
-def _picks(source: Source, starts: np.ndarray, rows: np.ndarray) -> list[tuple[Chunk, list[int]]]:
-    """Group the source rows of a shard by chunk, each with its position in the shard."""
-    positions = np.argsort(rows)
-    chunks, firsts = np.unique(np.searchsorted(starts, rows[positions], side="right") - 1, return_index=True)
-    return [
-        (source.chunks[chunk].pick((rows[members] - starts[chunk]).tolist()), members.tolist())
-        for chunk, members in zip(chunks, np.split(positions, firsts[1:]), strict=True)
-    ]
-
-
-def _describe(source: Source, records: pa.Table, shards: Sequence[ShardEntry], config: ShardConfig) -> dict[str, Any]:
+def _describe(job: _Job, summary: Summary, entries: Sequence[ShardEntry], index: str) -> dict[str, Any]:
     """Return the content of dataset.json."""
-    counts = Counter(_kept(records)["label"].to_pylist())
-    reasons = Counter(reason.split(":")[0] for reason in _rejected(records)["reason"].to_pylist())
+    config, before = job.config, job.before.info if job.before else {}
+    labels = {int(label): count for label, count in summary.labels.items()}
+    classes = job.source.classes
+    if classes is None:
+        classes = list(before["classes"]) if before else [str(n) for n in range(1 + max(labels, default=-1))]
+        if before and max(labels, default=-1) >= len(classes):
+            got = f"label {max(labels)}"
+            raise UserError(
+                "SOURCE", got, f"labels of the {len(classes)} classes of OUT", "Shard into a folder of its own."
+            )
+    counts = [labels.get(label, 0) for label in range(len(classes))]
+    earlier = before.get("class_counts", [0] * len(classes))
+    lost = {**before.get("rejected", {})}
+    for name, count in rejected(summary).items():
+        lost[name] = lost.get(name, 0) + count
+    dropped = {name: before.get(name, 0) + summary.status.get(name, 0) for name in ("duplicate", "leaked")}
+    settings = asdict(config)
+    for name in ("split", "seed", "workers", "executor"):
+        del settings[name]
+    new = entries[len(job.before.shards) if job.before else 0 :]
+    total = Summary(**before.get("summary", {}))
+    total.add(summary)
+    made = {"run": job.run, "source": job.source.name, "seed": config.seed, "settings": settings}
+    made |= {"shards": len(new), "samples": sum(entry.samples for entry in new)}
     return {
         "schema_version": SCHEMA_VERSION,
-        "source": source.name,
         "split": config.split,
-        "seed": config.seed,
-        "settings": {name: getattr(config, name) for name in ("shard_samples", "jpeg_quality", "max_pixels")},
-        "samples": sum(counts.values()),
-        "rejected": dict(sorted(reasons.items())),
-        "shards": len(shards),
-        "bytes": sum(entry.bytes for entry in shards),
-        "classes": source.classes,
-        "class_counts": [counts[label] for label in range(len(source.classes))],
-        "fingerprint": fingerprint(shards),
+        "labels": job.source.labelled,
+        "samples": sum(entry.samples for entry in entries),
+        "rejected": dict(sorted(lost.items())),
+        **dropped,
+        "shards": len(entries),
+        "bytes": sum(entry.bytes for entry in entries),
+        "classes": classes,
+        "class_counts": [old + count for old, count in zip(earlier, counts, strict=True)],
+        "max_pixels": max(config.max_pixels, before.get("max_pixels", 0)),
+        "index": index,
+        "fingerprint": fingerprint(entries),
+        "summary": total.counts(),
+        "parts": [*before.get("parts", []), made],
     }
-
-
-def _publish_json(path: Path, content: dict[str, Any]) -> None:
-    with publish(path) as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def _workers(config: ShardConfig) -> int:
-    return config.workers or available_cores()

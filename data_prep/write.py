@@ -1,108 +1,156 @@
-"""Second pass: write one shard, a plain tar that any webdataset reader reads, and its sidecar.
+"""Fourth stage: write one shard, a plain tar that any webdataset reader reads, its sidecar, and its row of the index.
 
-Each sample is two members, `<key>.jpg` and `<key>.cls` (the label in ASCII). Headers are ustar with no time, owner or
-name of the machine, so that equal samples make equal tars.
+A sample is two or three members: the image, `<key>.jpg` (or `.png`, `.webp`), its label in ASCII, `<key>.cls`, and, for
+several labels or what else the source says, `<key>.json`. Headers are ustar with no time, owner or name of the machine,
+so that equal samples make equal tars.
 """
 
 import hashlib
+import json
+import os
 import tarfile
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from functools import lru_cache
+from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 
-from vitscale.data_prep.decode import decode_rgb, encode_jpeg, inspect
-from vitscale.data_prep.manifest import SAMPLES, ShardEntry, read_samples, samples_path, write_table
-from vitscale.data_prep.plan import KEY_DIGITS
-from vitscale.data_prep.publish import PARTIAL, publish
-from vitscale.data_prep.sources import Chunk, Item
+from vitscale.data_prep.integrity import image_format
+from vitscale.data_prep.manifest import INDEX, NO_LABEL, SAMPLES, samples_name, write_table
+from vitscale.data_prep.sources import to_json
+from vitscale.data_prep.storage import Folder, LocalFolder
 from vitscale.errors import UserError
 
 _BLOCK = 512  # a tar is made of these (POSIX ustar)
+_PIECE = 2**20  # bytes hashed and written at once
+_EMPTY = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_HEADER = _EMPTY[:148] + b" " * 8 + _EMPTY[156:]  # the checksum counts as blanks
+_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """One shard to write. `picks` are the chunks to read, and for each of their images its position in the shard."""
+class WriteTask:
+    """One shard to write: the samples from `start` to `stop` of the plan, whose buckets are cut at `cuts`."""
 
-    folder: str
+    source: Folder
+    work: Folder
+    out: Folder
     name: str
-    keys: list[str]
-    labels: list[int]
-    picks: list[tuple[Chunk, list[int]]]
-    jpeg_quality: int
-    max_pixels: int
+    number: int
+    cuts: tuple[int, ...]
+    start: int
+    stop: int
 
 
-def write_shard(task: ShardTask) -> ShardEntry:
-    """Publish the tar, then the sidecar, and return the index entry; what an earlier run published is left as it is.
+def write(task: WriteTask) -> tuple[int, int, int]:
+    """Publish the tar, the sidecar and, as the done-marker, `work/shards/NNNNNN.parquet` (`INDEX`).
 
-    Reads each chunk once. At most one image and one chunk's reading are in memory, the rest in an unnamed file.
-    Raises OSError where the folder cannot be written, `UserError` (SOURCE) where an image changed since the scan.
+    One image is in memory at a time. Returns images, bytes of the tar, and 0. Raises OSError where a folder refuses,
+    `UserError` (SOURCE) where an image changed since the scan.
     """
-    folder = Path(task.folder)
-    tar = folder / task.name
-    if not _is_published(folder, task):
-        with tempfile.TemporaryFile(suffix=PARTIAL, dir=folder) as spool:
-            places = _spool_images(task, spool)
-            with publish(tar) as file:
-                offsets = _write_tar(task, spool, places, file)
-        columns = [task.keys, task.labels, offsets, [length for _, length in places]]
-        write_table(samples_path(folder, task.name), pa.table(columns, schema=SAMPLES))
-    with open(tar, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return ShardEntry(task.name, len(task.keys), tar.stat().st_size, sha256)
+    from vitscale.data_prep.plan import planned
+
+    rows = planned(task.work, task.cuts, task.start, task.stop)
+    with task.out.publish(task.name) as file:
+        hashed = _Hashed(file)
+        places = [_write_sample(task, row, hashed) for row in rows.to_pylist()]
+        hashed.write(bytes(2 * _BLOCK))  # the end of an archive
+        hashed.flush()
+    columns = {
+        "key": rows["key"],
+        "label": rows["label"].combine_chunks().fill_null(NO_LABEL),
+        "offset": [offset for offset, _ in places],
+        "length": [length for _, length in places],
+        "labels": rows["labels"],
+    }
+    write_table(task.out, samples_name(task.name), pa.table(columns, schema=SAMPLES))
+    row = [[task.name], [len(rows)], [hashed.size], [hashed.digest.hexdigest()]]
+    write_table(task.work, f"shards/{task.number:06d}.parquet", pa.table(row, schema=INDEX))
+    return len(rows), hashed.size, 0
 
 
-def _is_published(folder: Path, task: ShardTask) -> bool:
-    """Tell whether an interrupted run got this far; keys are content hashes, so equal keys are equal images."""
+def stored_size(lengths: np.ndarray) -> np.ndarray:
+    """Bytes that samples with a label take in a tar, by the length of their images."""
+    return (lengths + _BLOCK - 1) // _BLOCK * _BLOCK + 3 * _BLOCK
+
+
+class _Hashed:
+    """A file that is hashed as it is written, in large pieces: threads side by side hand over seldom."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._parts, self._held = file, [], 0
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def write(self, *parts: bytes) -> None:
+        self._parts += parts
+        self._held += sum(map(len, parts))
+        if self._held >= _PIECE:
+            self.flush()
+
+    def tell(self) -> int:
+        return self.size + self._held
+
+    def flush(self) -> None:
+        piece = b"".join(self._parts)
+        self._file.write(piece)
+        self.digest.update(piece)
+        self.size += len(piece)
+        self._parts, self._held = [], 0
+
+
+def _write_sample(task: WriteTask, row: dict[str, Any], file: _Hashed) -> tuple[int, int]:
+    """Write the members of a sample; return the (offset, length) of its image within the tar."""
+    data = _stored_bytes(task, row)
+    key, offset = row["key"], file.tell() + _BLOCK
+    suffix = _SUFFIXES[image_format(data) or "JPEG"]
+    members = [(f"{key}.{suffix}", data)]
+    if row["label"] is not None:
+        members.append((f"{key}.cls", str(row["label"]).encode()))
+    if row["labels"] is not None or row["extra"] is not None:
+        values = json.loads(row["extra"] or "{}") | ({"labels": row["labels"]} if row["labels"] is not None else {})
+        members.append((f"{key}.json", to_json(values)))
+    for member in members:
+        file.write(*_member(*member))
+    return offset, len(data)
+
+
+def _stored_bytes(task: WriteTask, row: dict[str, Any]) -> bytes:
+    """The bytes to store, out of the spool or, checked against their hash, out of the source."""
+    if row["file"] is None:
+        data = read_bytes(task.work, f"spool/{row['chunk']:04d}.bin", row["offset"], row["length"])
+        if len(data) == row["length"]:
+            return data
+        raise OSError(f"{task.work.url}/spool/{row['chunk']:04d}.bin ends early")
     try:
-        samples = read_samples(folder, task.name)
-    except (OSError, pa.ArrowException):  # absent, or of no use
-        return False
-    return (folder / task.name).exists() and samples.keys == task.keys and samples.labels.tolist() == task.labels
-
-
-def _spool_images(task: ShardTask, spool: BinaryIO) -> list[tuple[int, int]]:
-    """Write the images to `spool` in the order in which they are read; return (offset, length) by shard position."""
-    places = [(0, 0)] * len(task.keys)
-    for chunk, positions in task.picks:
-        for item, position in zip(chunk.read(), positions, strict=True):
-            jpeg = _stored_bytes(item, task.keys[position], task)
-            places[position] = spool.tell(), len(jpeg)
-            spool.write(jpeg)
-    return places
-
-
-def _stored_bytes(item: Item, key: str, task: ShardTask) -> bytes:
-    """Return the JPEG to store: the source bytes where they may be kept, else the picture encoded anew."""
-    if item.data is None or not key.startswith(hashlib.sha256(item.data).hexdigest()[:KEY_DIGITS]):
+        data = read_bytes(task.source, row["file"], row["offset"], row["length"])
+    except OSError as error:
+        got = f"{row['file']} ({error.strerror or error})"
         raise UserError(
-            "SOURCE", f"{item.name}, which changed during the run", "files that stay as they are", "Run again."
-        )
-    if inspect(item.data, task.max_pixels).keep:
-        return item.data
-    return encode_jpeg(decode_rgb(item.data, task.max_pixels), task.jpeg_quality)
+            "SOURCE", got, "files that stay readable during the run", "Mend that, and run again."
+        ) from error
+    if hashlib.sha256(data).digest() != row["sha256"]:
+        got = f"{row['file']}, which changed during the run"
+        raise UserError("SOURCE", got, "files that stay as they are", "Shard into another folder, from the start.")
+    return data
 
 
-def _write_tar(task: ShardTask, spool: BinaryIO, places: list[tuple[int, int]], file: BinaryIO) -> list[int]:
-    """Write the members in shard order; return the offset of each image's bytes within the tar."""
-    offsets = []
-    for key, label, (start, length) in zip(task.keys, task.labels, places, strict=True):
-        spool.seek(start)
-        offsets.append(file.tell() + _BLOCK)
-        for part in (*_member(f"{key}.jpg", spool.read(length)), *_member(f"{key}.cls", str(label).encode())):
-            file.write(part)
-    file.write(bytes(2 * _BLOCK))
-    return offsets
+def read_bytes(folder: Folder, name: str, offset: int, length: int) -> bytes:
+    """Bytes of a file; local files that many samples lie in stay open."""
+    if isinstance(folder, LocalFolder) and (offset or name.endswith((".tar", ".bin"))):
+        return os.pread(_opened(folder, name).fileno(), length, offset)
+    return folder.read(name, offset, length)
 
 
-def _member(name: str, data: bytes) -> Iterator[bytes]:
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    yield header.tobuf(tarfile.USTAR_FORMAT)
-    yield data
-    yield bytes(-len(data) % _BLOCK)
+@lru_cache(maxsize=64)
+def _opened(folder: LocalFolder, name: str) -> BinaryIO:
+    return open(folder.path / name, "rb", buffering=0)
+
+
+def _member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Header, content and padding of a member. POSIX.1-1988 ustar: name at 0, size at 124, checksum at 148."""
+    header = bytearray(_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[124:135] = b"%011o" % len(data)
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header), data, bytes(-len(data) % _BLOCK)

@@ -19,7 +19,7 @@ from vitscale.errors import UserError
 def settings_of(stage: str) -> Any:
     """Default settings of a stage as a dataclass."""
     if stage == "shard":
-        from vitscale.data_prep.shard import ShardConfig
+        from vitscale.data_prep.config import ShardConfig
 
         return ShardConfig()
     from vitscale.pipeline.config import Config

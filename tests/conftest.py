@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from vitscale.data_prep.config import ShardConfig
 from vitscale.data_prep.digits import write_digits
-from vitscale.data_prep.shard import ShardConfig, shard
+from vitscale.data_prep.shard import shard
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are of the CPU, also where there are GPUs
 RANK = Path(__file__).with_name("rank.py")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from vitscale.data_prep.manifest import ShardSamples, read_dataset, read_samples
+from vitscale.data_prep.storage import LocalFolder
 from vitscale.errors import UserError
 
 OPEN_FILES = 256  # in each process; soft limits of 1,024 are common
@@ -36,6 +37,12 @@ class Store:
 
     def __init__(self, path: str, setting: str) -> None:
         self._dataset, self._setting = read_dataset(path, setting), setting
+        if not isinstance(self._dataset.folder, LocalFolder):
+            raise UserError(setting, path, "a folder of a local or network file system", "Copy the dataset there.")
+        if self._dataset.labelled != "class":
+            got = f"{path}, whose labels are of the kind {self._dataset.labelled}"
+            raise UserError(setting, got, "a dataset with one class label an image", "Shard a source that has them.")
+        self._folder = self._dataset.folder
         self._ends = np.cumsum([shard.samples for shard in self._dataset.shards])
         self._files: OrderedDict[int, int] = OrderedDict()  # shard → descriptor, the last used at the end
         self._sidecars: dict[int, ShardSamples] = {}
@@ -46,7 +53,7 @@ class Store:
     @property
     def path(self) -> Path:
         """The dataset's folder."""
-        return self._dataset.path
+        return self._folder.path
 
     @property
     def fingerprint(self) -> str:
@@ -91,7 +98,7 @@ class Store:
         return self._sidecars[shard], self._files[shard]
 
     def _read_sidecar(self, name: str) -> ShardSamples:
-        samples = read_samples(self.path, name)
+        samples = read_samples(self._folder, name)
         fits = (samples.labels >= 0) & (samples.labels < len(self.classes)) & (samples.lengths >= 0)
         if not (fits & (samples.offsets >= 0)).all():
             raise self._unreadable(name, "labels, offsets or lengths that cannot be in its sidecar")

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vitscale.data_prep.config import ShardConfig
 from vitscale.data_prep.manifest import read_dataset, read_samples
-from vitscale.data_prep.shard import ShardConfig, shard
+from vitscale.data_prep.shard import shard
+from vitscale.data_prep.storage import LocalFolder
 from vitscale.errors import UserError
 
 
@@ -28,7 +30,7 @@ def test_what_is_read(out: Path) -> None:
     dataset = read_dataset(out, "data.train")
     assert (dataset.split, dataset.classes, dataset.samples) == ("train", ("ant", "bee", "cat"), 21)
     assert [entry.name for entry in dataset.shards] == [f"train-00000{number}.tar" for number in range(3)]
-    samples = read_samples(out, dataset.shards[0].name)
+    samples = read_samples(LocalFolder(str(out)), dataset.shards[0].name)
     assert (samples.labels.dtype, samples.offsets.dtype, samples.lengths.dtype) == (np.int32, np.int64, np.int64)
     assert len(samples.keys) == len(samples.labels) == dataset.shards[0].samples
 
@@ -38,13 +40,14 @@ def test_no_dataset(tmp_path: Path) -> None:
     assert "which is no folder" in refusal(tmp_path / "missing")
 
 
-def test_newer_schema(out: Path) -> None:
+@pytest.mark.parametrize("version", [1, 99])
+def test_other_schema(out: Path, version: int) -> None:
     info = json.loads((out / "dataset.json").read_text())
-    (out / "dataset.json").write_text(json.dumps(info | {"schema_version": 99}))
-    assert "schema version 99; expected at most 1" in refusal(out)
+    (out / "dataset.json").write_text(json.dumps(info | {"schema_version": version}))
+    assert f"schema version {version}; expected version 2" in refusal(out)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 1, "split": "train"}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 2, "split": "train"}'])
 def test_damaged_dataset_file(out: Path, text: str) -> None:
     (out / "dataset.json").write_text(text)
     assert "damaged" in refusal(out)

@@ -1,25 +1,32 @@
-"""Keys, order and cuts, as properties."""
+"""Order and cuts, as properties."""
+
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitscale.data_prep.plan import assign_keys, cut, shuffled
+from vitscale.data_prep.dedup import rank
+from vitscale.data_prep.plan import cut
 
 
-def test_keys_are_content_hashes_and_copies_are_numbered() -> None:
-    one, other = "a" * 64, "b" * 64
-    assert assign_keys([one, other, one, one]) == ["a" * 24, "b" * 24, "a" * 24 + "-1", "a" * 24 + "-2"]
+def shuffled(keys: list[str], seed: int) -> list[int]:
+    """Positions of the keys in the order of their ranks."""
+    return sorted(range(len(keys)), key=lambda at: rank(keys[at], seed))
 
 
 @settings(deadline=None)
 @given(st.integers(1, 10**5), st.integers(1, 10**4))
 def test_cut_covers_all_in_equal_parts(samples: int, shard_samples: int) -> None:
-    parts = cut(samples, shard_samples)
-    lengths = {end - start for start, end in parts}
-    assert len(parts) == -(-samples // shard_samples)
+    shards = -(-samples // shard_samples)
+    cuts = cut(samples, shards)
+    lengths = {end - start for start, end in pairwise(cuts)}
+    assert (cuts[0], cuts[-1], len(cuts)) == (0, samples, shards + 1)
     assert max(lengths) - min(lengths) <= 1
-    assert max(lengths) <= shard_samples
-    assert [parts[0][0], *(end for _, end in parts)] == [*(start for start, _ in parts), samples]
+    assert 1 <= max(lengths) <= shard_samples
+
+
+def test_cut_of_nothing() -> None:
+    assert cut(0, 0) == [0]
 
 
 @settings(deadline=None)

@@ -12,17 +12,23 @@ import pyarrow.parquet as pq
 import pytest
 from webdataset.compat import WebDataset
 
+from vitscale.data_prep.config import ShardConfig
 from vitscale.data_prep.decode import decode_rgb
 from vitscale.data_prep.manifest import read_dataset, read_samples
-from vitscale.data_prep.shard import ShardConfig, shard
+from vitscale.data_prep.shard import shard
 from vitscale.data_prep.sources import open_source
+from vitscale.data_prep.storage import LocalFolder
 from vitscale.errors import UserError
 
 SMALL = ShardConfig(shard_samples=8, workers=1)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def records_of(out: Path) -> list[dict[str, Any]]:
+    return pq.read_table(out / "manifest").to_pylist()
 
 
 def refusal(source: Path, out: Path, config: ShardConfig = SMALL) -> UserError:
@@ -36,10 +42,11 @@ def test_any_webdataset_reader_reads_what_was_put_in(make_folder, tmp_path: Path
     info = shard(str(source), str(out), SMALL)
     assert [entry.samples for entry in read_dataset(out).shards] == [7, 7, 7]  # 21 in the fewest shards of at most 8
     assert info["class_counts"] == [7, 7, 7]
+    listed = open_source(str(source))
     originals = {
         hashlib.sha256(item.data).hexdigest()[:24]: (item.data, item.label)
-        for chunk in open_source(str(source)).chunks
-        for item in chunk.read()
+        for chunk in listed.chunks
+        for item in chunk.read(listed.folder)
         if item.data is not None
     }
     urls = [str(path) for path in sorted(out.glob("*.tar"))]
@@ -57,9 +64,9 @@ def test_any_webdataset_reader_reads_what_was_put_in(make_folder, tmp_path: Path
 def test_sidecars_give_random_access(make_folder, tmp_path: Path) -> None:
     source, out = make_folder(), tmp_path / "out"
     shard(str(source), str(out), SMALL)
-    records = {row["key"]: row for row in pq.read_table(out / "manifest.parquet").to_pylist()}
+    records = {row["key"]: row for row in records_of(out)}
     for entry in read_dataset(out).shards:
-        samples, tar = read_samples(out, entry.name), (out / entry.name).read_bytes()
+        samples, tar = read_samples(LocalFolder(str(out)), entry.name), (out / entry.name).read_bytes()
         assert hashlib.sha256(tar).hexdigest() == entry.sha256
         for key, label, offset, length in zip(
             samples.keys, samples.labels, samples.offsets, samples.lengths, strict=True
@@ -69,7 +76,7 @@ def test_sidecars_give_random_access(make_folder, tmp_path: Path) -> None:
             assert decode_rgb(image).shape == (record["height"], record["width"], 3) == (20, 28, 3)
             if record["format"] == "JPEG":
                 assert image == (source / record["name"]).read_bytes()
-                assert hashlib.sha256(image).hexdigest() == record["sha256"]
+                assert hashlib.sha256(image).digest() == record["sha256"]
     assert records == {}
 
 
@@ -82,7 +89,7 @@ def test_bytes_do_not_depend_on_workers_or_listing_order(make_folder, tmp_path: 
     assert a == b
     assert sorted(a) == sorted(
         [f"train-00000{number}.{suffix}" for number in range(3) for suffix in ("samples.parquet", "tar")]
-        + ["dataset.json", "index.parquet", "manifest.parquet", "rejected.csv"]
+        + ["card.html", "card.md", "dataset.json", "index.parquet", "manifest/000-0000.parquet", "rejected.csv"]
     )
     assert not any(str(tmp_path).encode() in content for content in a.values())
 
@@ -92,7 +99,7 @@ def test_seed_changes_the_order_and_nothing_else(make_folder, tmp_path: Path) ->
     orders = []
     for seed in (0, 1):
         shard(str(source), str(tmp_path / str(seed)), ShardConfig(seed=seed, workers=1))
-        orders.append(read_samples(tmp_path / str(seed), "train-000000.tar").keys)
+        orders.append(read_samples(LocalFolder(str(tmp_path / str(seed))), "train-000000.tar").keys)
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1])
 
@@ -110,12 +117,12 @@ def test_rejected_images_are_listed_with_reasons(make_folder, tmp_path: Path) ->
     with open(out / "rejected.csv", newline="") as file:
         rows = {row["name"]: row["reason"] for row in csv.DictReader(file)}
     assert rows == {
-        "ant/cut, short.jpg": "truncated: JPEG without an end-of-image marker",
+        "ant/cut, short.jpg": "truncated: Premature end of JPEG file",
         "bee/page.jpg": "not an image",
         "cat/empty.jpg": "empty file",
         "cat/gone.jpg": "unreadable: No such file or directory",
     }
-    records = pq.read_table(out / "manifest.parquet").to_pylist()
+    records = records_of(out)
     assert {row["name"]: row["reason"] for row in records if row["status"] == "rejected"} == rows
     assert all((row["key"] is None) == (row["status"] == "rejected") for row in records)
 
@@ -126,22 +133,32 @@ def test_exact_copies_get_keys_of_their_own(make_folder, tmp_path: Path) -> None
         shutil.copy(source / "ant" / "000.jpg", source / "ant" / name)
     shard(str(source), str(out), SMALL)
     key = hashlib.sha256((source / "ant" / "000.jpg").read_bytes()).hexdigest()[:24]
-    assert sorted(read_samples(out, "train-000000.tar").keys) == [key, f"{key}-1", f"{key}-2"]
+    assert sorted(read_samples(LocalFolder(str(out)), "train-000000.tar").keys) == [key, f"{key}-1", f"{key}-2"]
 
 
-def test_a_class_without_a_readable_image_is_named(make_folder, tmp_path: Path) -> None:
+def test_a_class_without_a_readable_image_stays_a_class(make_folder, tmp_path: Path) -> None:
     source = make_folder(each=1)
     (source / "bee" / "000.jpg").write_bytes(b"<html>")
     (source / "dog").mkdir()
-    error = refusal(source, tmp_path / "out")
-    assert error.setting == "SOURCE"
-    assert "class folders bee, dog" in str(error)
-    assert not (tmp_path / "out").exists()
+    info = shard(str(source), str(tmp_path / "out"), SMALL)
+    assert (info["classes"], info["class_counts"]) == (["ant", "bee", "cat", "dog"], [1, 0, 1, 0])
+
+
+def test_a_label_that_names_no_class_is_rejected(make_parquet, picture, encode, tmp_path: Path) -> None:
+    images = [encode(picture(number), "PNG") for number in range(4)]
+    source = make_parquet(images, [0, 2, 1, None], ["no", "yes"])
+    info = shard(str(source), str(tmp_path / "out"), SMALL)
+    assert (info["samples"], info["class_counts"], info["rejected"]) == (2, [1, 1], {"label": 2})
+    reasons = {row["name"]: row["reason"] for row in records_of(tmp_path / "out") if row["status"] == "rejected"}
+    assert reasons == {
+        "train.parquet:1": "label: 2 of 2 classes",
+        "train.parquet:3": "label: 'None' is no class number",
+    }
 
 
 def test_nothing_but_rejected_images(make_parquet, tmp_path: Path) -> None:
     error = refusal(make_parquet([b"x", b"y"], [0, 1], ["no", "yes"]), tmp_path / "out")
-    assert "all 2 images are rejected (first: not an image)" in str(error)
+    assert "of which no image is kept (first: not an image)" in str(error)
 
 
 def test_a_complete_dataset_is_left_alone(make_folder, tmp_path: Path) -> None:
@@ -149,11 +166,11 @@ def test_a_complete_dataset_is_left_alone(make_folder, tmp_path: Path) -> None:
     first = shard(str(source), str(out), SMALL)
     assert first.pop("already_complete") is False
     assert first == json.loads((out / "dataset.json").read_text())
-    before = {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]}
+    before = {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
     moved = source.rename(tmp_path / "elsewhere")
     again = shard(str(moved), str(out), ShardConfig(shard_samples=8, workers=2))
     assert again == first | {"already_complete": True}
-    assert {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]} == before
+    assert {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]} == before
 
 
 def test_other_settings_or_source_are_refused(make_folder, tmp_path: Path) -> None:
@@ -189,7 +206,10 @@ def test_cifar10_rows_arrive_unchanged(shared_data: Path, tmp_path: Path) -> Non
     expected = sorted((row["image"]["bytes"], row["label"]) for row in rows.to_pylist())
     found = []
     for entry in read_dataset(tmp_path / "out").shards:
-        samples, tar = read_samples(tmp_path / "out", entry.name), (tmp_path / "out" / entry.name).read_bytes()
+        samples, tar = (
+            read_samples(LocalFolder(str(tmp_path / "out")), entry.name),
+            (tmp_path / "out" / entry.name).read_bytes(),
+        )
         for label, start, length in zip(samples.labels, samples.offsets, samples.lengths, strict=True):
             found.append((tar[start : start + length], label))
     assert sorted(found) == expected

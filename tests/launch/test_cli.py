@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitscale.data_prep.shard import ShardConfig, shard
+from vitscale.data_prep.config import ShardConfig
+from vitscale.data_prep.shard import shard
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-STAGES = ("shard", "verify", "pretrain", "finetune", "evaluate", "predict", "export", "report")
+STAGES = ("shard", "index", "verify", "pretrain", "finetune", "evaluate", "predict", "export", "report")
 QUICK = ("model.depth=1", "model.width=32", "model.heads=2", "train.duration=2", "data.workers=0")
 
 
@@ -62,8 +63,15 @@ def test_sources_that_hold_nothing(vitscale: Command, tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     for file in (tmp_path / "images" / "b").iterdir():
         file.write_text("<html>not found</html>")
-    refused(vitscale("shard", "images", "out"), "SOURCE", "b")
-    assert not (tmp_path / "out" / "dataset.json").exists()
+    said = vitscale("shard", "images", "out")
+    assert said.returncode == 0, said.stderr
+    assert "out: 3 images of 2 classes" in said.stdout
+    assert "warning: no image is kept of 1 class: b\n" in said.stdout
+    for file in (tmp_path / "images" / "a").iterdir():
+        file.write_text("<html>not found</html>")
+    refused(vitscale("shard", "images", "new"), "SOURCE", "of which no image is kept (first: not an image)")
+    assert not (tmp_path / "new" / "dataset.json").exists()
+    refused(vitscale("shard", "pipe:cat images", "new"), "SOURCE", "pipe:cat images")
 
 
 def test_rejected_images_are_listed_and_do_not_stop_the_run(vitscale: Command, tmp_path: Path) -> None:
@@ -75,9 +83,9 @@ def test_rejected_images_are_listed_and_do_not_stop_the_run(vitscale: Command, t
     assert said.returncode == 0, said.stderr
     assert "out: 6 images of 2 classes" in said.stdout
     rejected = (tmp_path / "out" / "rejected.csv").read_text()
-    assert '"a/cut.png","truncated' in rejected
-    assert '"a/page.jpg","not an image"' in rejected
-    assert "rejected: 1 not an image, 1 truncated" in said.stdout
+    assert '"a/cut.png","rejected","truncated' in rejected
+    assert '"a/page.jpg","rejected","not an image"' in rejected
+    assert "not kept: 1 not an image, 1 truncated" in said.stdout
     again = vitscale("shard", "images", "out", "split=val")
     assert "already" in again.stdout
     refused(vitscale("shard", "images", "out", "split=val", "seed=1"), "OUT", "out")
@@ -90,6 +98,34 @@ def test_rejected_images_are_listed_and_do_not_stop_the_run(vitscale: Command, t
     damaged = vitscale("verify", "out")
     assert damaged.returncode == 1
     assert "val-000000.tar" in damaged.stdout
+
+
+def test_stages_by_parts_make_what_one_command_makes(vitscale: Command, tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    assert vitscale("shard", "images", "whole").returncode == 0
+    refused(vitscale("shard", "images", "out", "--stage", "write"), "--stage", "the stage scan are not done")
+    refused(vitscale("shard", "images", "out", "--stage", "scam"), "--stage", "scam")
+    refused(vitscale("shard", "images", "out", "--part", "1/2"), "--part", "--stage beside it")
+    refused(vitscale("shard", "images", "out", "--stage", "scan", "--part", "3/2"), "--part", "3/2")
+    refused(vitscale("shard", "images", "out", "--publish", "--stage", "scan"), "--publish", "--stage scan")
+    for words in ("scan --part 2/2", "scan --part 1/2", "match", "dedup", "plan", "write", "records"):
+        said = vitscale("shard", "images", "out", "--stage", *words.split())
+        assert (said.returncode, said.stdout) == (0, f"{words.replace(' --part', '')}: done\n"), said.stderr
+    assert "out: 6 images of 2 classes" in vitscale("shard", "images", "out", "--publish").stdout
+    files = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) == 8
+    assert all((tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes() for file in files)
+
+
+def test_tars_are_indexed_where_they_are(vitscale: Command, tmp_path: Path) -> None:
+    assert vitscale("shard", write_images(tmp_path / "images"), "made").returncode == 0
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "made" / "train-000000.tar").rename(tmp_path / "tars" / "any.tar")
+    said = vitscale("index", "tars")
+    assert said.stdout == "tars: 6 images of 2 classes in 1 shards\n", said.stderr
+    assert vitscale("verify", "tars").stdout == "tars: 1 shards, 6 images: sound\n"
+    refused(vitscale("index", "tars"), "FOLDER", "which holds a dataset")
+    refused(vitscale("index", "images"), "FOLDER", "without a .tar")
 
 
 def test_settings_that_do_not_exist_or_fit(vitscale: Command, trained: Path) -> None:

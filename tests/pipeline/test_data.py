@@ -184,8 +184,9 @@ def corrupt() -> Callable[[Path], str]:
 
     def spoil(tar: Path) -> str:
         from vitscale.data_prep.manifest import read_samples
+        from vitscale.data_prep.storage import LocalFolder
 
-        samples = read_samples(tar.parent, tar.name)
+        samples = read_samples(LocalFolder(str(tar.parent)), tar.name)
         with tar.open("r+b") as file:
             file.seek(samples.offsets[5])
             file.write(bytes(int(samples.lengths[5])))

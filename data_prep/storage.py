@@ -1,0 +1,226 @@
+"""Folders of files: on this machine's file systems, or in an object store by way of fsspec.
+
+Names within a folder are relative, with `/`; none leads out of it. A published file appears whole or not at all.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import pyarrow as pa
+
+from vitscale.data_prep.publish import PARTIAL, publish
+from vitscale.errors import UserError
+
+REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "hdfs")  # what the data itself may name is never of more kinds
+
+
+class Folder(Protocol):
+    """A place for files. All methods raise OSError where the place refuses."""
+
+    @property
+    def url(self) -> str: ...
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes: ...
+    def open(self, name: str) -> BinaryIO: ...
+    def open_arrow(self, name: str) -> pa.NativeFile:
+        """Open for Arrow. Its own kind of file where there is one: threads of Arrow's that still hold one of Python's
+        while the interpreter ends abort the process."""
+        ...
+
+    def publish(self, name: str) -> Any:
+        """Context of a binary file that appears, or replaces the old one, when the block ends without an exception."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if there is none."""
+
+    def names(self, under: str = "") -> set[str]:
+        """Names directly in the folder, or in one of its folders; none where it is absent."""
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """(name, bytes) of all files at any depth, sorted by name."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file, or a folder with all that is in it, if there is one."""
+
+
+def open_folder(url: str, setting: str) -> Folder:
+    """The folder of a path, a `file://` URL, or a URL of an object store, which need not exist.
+
+    Raises `UserError`, naming `setting`, for other URLs: `pipe:` and the like are never run.
+    """
+    if "::" in url or ("://" not in url and url.split(":")[0] in ("pipe", "exec")):
+        raise UserError(setting, url, "a path or a URL of one place", "Name the place itself.")
+    scheme, _, rest = url.rpartition("://")
+    if scheme in ("", "file"):
+        if not rest:
+            raise UserError(setting, repr(url), "a path", "Name a folder; `.` is this one.")
+        return LocalFolder(os.path.abspath(rest))
+    if scheme not in REMOTE:
+        raise UserError(setting, url, f"a path, or a URL of {', '.join(REMOTE)}", "Copy the data to one of these.")
+    try:
+        file_system(scheme)
+    except ImportError as error:
+        raise UserError(setting, url, f"the package for {scheme}://", f"{' '.join(str(error).split())}.") from error
+    return RemoteFolder(url.rstrip("/"))
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder on a local or network file system."""
+
+    url: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.url)
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        with open(self._place(name), "rb", buffering=0) as file:
+            if offset:
+                file.seek(offset)
+            return file.read(-1 if length is None else length) or b""
+
+    def open(self, name: str) -> BinaryIO:
+        return open(self._place(name), "rb")
+
+    def open_arrow(self, name: str) -> pa.NativeFile:
+        return pa.OSFile(self._place(name))
+
+    def publish(self, name: str) -> Any:
+        place = self.path / _checked(name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return publish(place)
+
+    def size(self, name: str) -> int | None:
+        try:
+            return os.stat(self._place(name)).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def holds(self, name: str) -> bool:
+        """Whether the name, symlinks followed, leads to a place within the folder."""
+        return Path(os.path.realpath(self.path / name)).is_relative_to(os.path.realpath(self.path))
+
+    def names(self, under: str = "") -> set[str]:
+        try:
+            return set(os.listdir(self._place(under)))
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        for folder, folders, files in os.walk(self.url):
+            folders.sort()
+            for file in sorted(files):
+                path = os.path.join(folder, file)
+                yield os.path.relpath(path, self.url), os.stat(path).st_size
+
+    def remove(self, name: str) -> None:
+        place = self.path / _checked(name)
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+
+    def _place(self, name: str) -> str:
+        return f"{self.url}/{_checked(name)}"
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A prefix in an object store, whose uploads appear when they are complete."""
+
+    url: str
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        with _os_errors():
+            end = None if length is None else offset + length
+            return b"" if length == 0 else self._fs.cat_file(self._place(name), start=offset, end=end)
+
+    def open(self, name: str) -> BinaryIO:
+        with _os_errors():
+            return self._fs.open(self._place(name), "rb")
+
+    def open_arrow(self, name: str) -> pa.NativeFile:
+        return pa.PythonFile(self.open(name), "r")
+
+    @contextmanager
+    def publish(self, name: str) -> Iterator[BinaryIO]:
+        with tempfile.NamedTemporaryFile(suffix=PARTIAL) as file:
+            yield file  # pyright: ignore[reportReturnType] (a wrapper that does all that a BinaryIO does)
+            file.flush()
+            with _os_errors():
+                self._fs.put_file(file.name, self._place(name))
+
+    def size(self, name: str) -> int | None:
+        with _os_errors():
+            self._fs.invalidate_cache()
+            try:
+                return int(self._fs.size(self._place(name)) or 0)
+            except FileNotFoundError:
+                return None
+
+    def names(self, under: str = "") -> set[str]:
+        with _os_errors():
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(self._place(under), detail=False)
+            except FileNotFoundError:
+                return set()
+            return {name for path in found if (name := str(path).rstrip("/").rsplit("/", 1)[-1])}
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        with _os_errors():
+            self._fs.invalidate_cache()
+            root = str(self._fs._strip_protocol(self.url))
+            found = self._fs.find(self.url, detail=True)
+            yield from sorted((str(path)[len(root) + 1 :], int(info["size"])) for path, info in found.items())
+
+    def remove(self, name: str) -> None:
+        with _os_errors():
+            self._fs.invalidate_cache()
+            if self._fs.exists(self._place(name)):
+                self._fs.rm(self._place(name), recursive=True)
+
+    @property
+    def _fs(self) -> Any:
+        return file_system(self.url.split("://")[0])
+
+    def _place(self, name: str) -> str:
+        return f"{self.url}/{_checked(name)}".rstrip("/")
+
+
+def within(folder: Folder, name: str) -> Folder:
+    """The folder of that name in a folder."""
+    return replace(folder, url=f"{folder.url}/{_checked(name)}")  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+@lru_cache
+def file_system(scheme: str) -> Any:
+    """fsspec's file system, one a process; its settings come from the environment and fsspec's own configuration."""
+    import fsspec
+
+    return fsspec.filesystem(scheme)
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Object stores' own errors as OSError."""
+    try:
+        yield
+    except (OSError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def _checked(name: str) -> str:
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise OSError(f"{name!r} leads out of its folder")
+    return name
