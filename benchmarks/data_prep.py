@@ -6,8 +6,8 @@ PHOTOS is a folder of class folders of JPEGs. It is copied `--copies` times, und
 The rounds go through all contestants in turn, and the best round of each counts: what else the machine does slows some
 down. `vitscale` is the whole of it, from listing to the data card, with the start of its processes.
 
-img2dataset wants other versions of its dependencies: PYTHON is the interpreter of an environment that has it. It fetches
-from a web server on this machine, as it reads nothing else.
+img2dataset wants other versions of its dependencies: PYTHON is the interpreter of an environment that has it. It
+fetches from a web server on this machine, as it reads nothing else.
 """
 
 import argparse
@@ -121,6 +121,9 @@ def main() -> None:
         prepare = partial(shard, str(root / "images"), str(out))
         contestants: dict[str, Callable[[], Any]] = {
             "tar": lambda: subprocess.run(["tar", "cf", str(out), "images"], cwd=root, check=True),
+            "tar, then sync": lambda: subprocess.run(
+                f"tar cf {out} images && sync {out}", cwd=root, check=True, shell=True
+            ),
             "webdataset.ShardWriter": lambda: write_tars(files, out),
             "vitscale check=header": lambda: prepare(HEADER),
             "bare decode, 2 cores": lambda: on_cores(decode_all, files),
@@ -144,6 +147,7 @@ def main() -> None:
                 out.unlink(missing_ok=True)
     ratios = {
         "header / tar (≥ 0.6)": results["vitscale check=header"] / results["tar"],
+        "header / tar and sync": results["vitscale check=header"] / results["tar, then sync"],
         "header / ShardWriter (≥ 1.3)": results["vitscale check=header"] / results["webdataset.ShardWriter"],
         "full / bare decode (≥ 0.8)": results["vitscale"] / results["bare decode, 2 cores"],
         "resize / bare resize (≥ 0.85)": results["vitscale resize.shorter=256"] / results["bare resize, 2 cores"],

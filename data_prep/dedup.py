@@ -91,7 +91,7 @@ class BucketTask:
 
 
 def match(task: BucketTask) -> None:
-    """Write the near pairs of one bucket of bands."""
+    """Write the near pairs of one bucket of bands: of each record, that with the first copy that is found."""
     references = near_references(task.config)
     found: list[pa.Table] = []
     tables = near_tables(references, matrix(references["phash"]), task.bits, task.buckets)
@@ -102,28 +102,25 @@ def match(task: BucketTask) -> None:
         table = pa.concat_tables([reference.filter(pa.array(bucket == task.number)), ours]).combine_chunks()
         found.append(_pairs(table, task.config.near))
     pairs = pa.concat_tables(found)
-    where = [pairs[name].to_numpy() for name in ("chunk", "row", "other_chunk", "other_row")]
-    _, first = (
-        np.unique(np.stack(where, axis=1), axis=0, return_index=True) if len(pairs) else (None, np.array([], int))
-    )
-    pairs = pairs.take(pa.array(first))
+    pairs = pairs.sort_by([(name, "ascending") for name in ("chunk", "row", "other_chunk", "other_row")])
+    where = np.stack([pairs[name].to_numpy() for name in ("chunk", "row")], axis=1)
+    new = np.r_[True, (where[1:] != where[:-1]).any(axis=1)][: len(pairs)]
+    pairs = pairs.filter(pa.array(new))
     with task.work.publish(f"match/{task.number:04d}.arrow") as file:
         scatter(file, [(pairs, bucket_of(matrix(pairs["sha256"]), task.buckets))], task.buckets, PAIRS)
 
 
 def _pairs(table: pa.Table, limit: int) -> pa.Table:
-    """Near pairs (`PAIRS`) among rows of `NEAR`, of which the later one is of the source."""
+    """Near pairs (`PAIRS`) among rows of `NEAR`: those of the source with the first copy that shares their band."""
     order = np.lexsort([table[name].to_numpy() for name in ("row", "chunk", "band")])
     table = table.take(pa.array(order))
-    hashes, later, earlier, bits = matrix(table["phash"]), [], [], []
-    for pair in phash.near_pairs(table["band"].to_numpy(), hashes, limit):
-        for column, values in zip((later, earlier, bits), pair, strict=True):
-            column.append(values)
-    rows, others, distances = (np.concatenate(c) if c else np.array([], int) for c in (later, earlier, bits))
-    one, other = table.take(pa.array(rows)), table.take(pa.array(others))
-    columns = [*(one[name] for name in ("sha256", "chunk", "row")), pa.array(distances, pa.int32())]
-    pairs = pa.table([*columns, *(other[name] for name in ("chunk", "row", "sha256"))], schema=PAIRS)
-    return pairs.filter(pa.array(pairs["chunk"].to_numpy() >= 0))
+    copies, bits = np.full(len(table), -1), np.zeros(len(table), np.int32)
+    for later, earlier, distances in phash.near_pairs(table["band"].to_numpy(), matrix(table["phash"]), limit):
+        copies[later], bits[later] = earlier, distances  # which are ever earlier: the first one stays
+    rows = np.flatnonzero((copies >= 0) & (table["chunk"].to_numpy() >= 0))
+    one, other = table.take(pa.array(rows)), table.take(pa.array(copies[rows]))
+    columns = [*(one[name] for name in ("sha256", "chunk", "row")), pa.array(bits[rows])]
+    return pa.table([*columns, *(other[name] for name in ("chunk", "row", "sha256"))], schema=PAIRS)
 
 
 def dedup(task: BucketTask) -> None:
@@ -136,7 +133,7 @@ def dedup(task: BucketTask) -> None:
     new = np.r_[True, (sha[1:] != sha[:-1]).any(axis=1)] if len(sha) else np.zeros(0, bool)
     copies = np.arange(len(sha)) - np.flatnonzero(new)[np.cumsum(new) - 1] if len(sha) else np.zeros(0, np.int64)
     near = _near(task)
-    leaked = exact_references(task.config)
+    leaked, references = exact_references(task.config), _reference_names(task.config)
     drop = task.config.exact == "drop" or task.config.near > 0
     status = {"row": rows, "key": [], "status": [], "reason": [], "other_chunk": [], "other_row": []}
     hexed = [content.hex()[:KEY_DIGITS] for content in keys["sha256"].to_pylist()]
@@ -147,7 +144,7 @@ def dedup(task: BucketTask) -> None:
         if content in leaked:
             verdict, reason = LEAKED, f"leaked: exact copy of a sample of {leaked[content]}"
         elif pair and pair["other_chunk"] == REFERENCE:
-            found = _reference_names(task.config)[pair["other_row"]]
+            found = references[pair["other_row"]]
             verdict, reason = LEAKED, f"leaked: near copy, {pair['distance']} bits, of a sample of {found}"
         elif drop and copy:
             verdict, reason = DUPLICATE, f"duplicate: exact copy of {base}"
@@ -171,17 +168,15 @@ def dedup(task: BucketTask) -> None:
 
 
 def _near(task: BucketTask) -> dict[tuple[int, int], dict]:
-    """For records with near copies before them: the pair to name, with a leak before all others."""
+    """For records with near copies before them: the pair to name, which is with the first of them, a leak if any."""
     if not task.bits:
         return {}
     names = [f"match/{number:04d}.arrow" for number in range(task.buckets)]
     best: dict[tuple[int, int], dict] = {}
     for pair in gather(task.work, names, task.number, PAIRS).to_pylist():
-        here = (pair["chunk"], pair["row"])
-        place = (pair["other_chunk"] != REFERENCE, pair["other_chunk"], pair["other_row"])
-        old = best.get(here)
-        if old is None or place < (old["other_chunk"] != REFERENCE, old["other_chunk"], old["other_row"]):
-            best[here] = pair
+        old = best.setdefault((pair["chunk"], pair["row"]), pair)
+        if (pair["other_chunk"], pair["other_row"]) < (old["other_chunk"], old["other_row"]):
+            best[pair["chunk"], pair["row"]] = pair
     return best
 
 

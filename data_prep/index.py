@@ -52,16 +52,16 @@ def index(
     """
     config = ShardConfig(split=split, check=check, workers=workers)
     folder = open_folder(path, "FOLDER")
-    names = folder.names()
-    tars = sorted(name for name in names if name.endswith(".tar"))
-    if DATASET_FILE in names:
-        raise UserError("FOLDER", f"{path}, which holds a dataset", "tars alone", "Nothing is left to do.")
-    if not tars:
-        raise UserError("FOLDER", f"{path}, without a .tar", "a folder of webdataset tars", "Check the path.")
-    source = open_tars(path, folder, tars)
-    tasks = [_Task(folder, n, TarChunk((tar,), None, source.labelled), config) for n, tar in enumerate(tars)]
     entries, total, tally = [], Summary(), Tally()
     try:
+        names = folder.names()
+        tars = sorted(name for name in names if name.endswith(".tar"))
+        if DATASET_FILE in names:
+            raise UserError("FOLDER", f"{path}, which holds a dataset", "tars alone", "Nothing is left to do.")
+        if not tars:
+            raise UserError("FOLDER", f"{path}, without a .tar", "a folder of webdataset tars", "Check the path.")
+        source = open_tars(folder.url.rsplit("/", 1)[-1], folder, tars)
+        tasks = [_Task(folder, n, TarChunk((tar,), None, source.labelled), config) for n, tar in enumerate(tars)]
         with LocalExecutor(workers) as executor:
             for done, (entry, summary, keys) in enumerate(executor.map(_index_tar, tasks), start=1):
                 entries.append(entry)

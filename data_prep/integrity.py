@@ -64,7 +64,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker, start = data[position + 1], position + 4
         if marker == _JPEG_SOS:
-            return JpegHeader(*size, orientation) if size and plain else None
+            return JpegHeader(*size, orientation) if size and all(size) and plain else None
         position = start - 2 + int.from_bytes(data[start - 2 : start])
         if marker == 0xE1 and data.startswith(b"Exif\0\0", start):
             orientation = _exif_orientation(data[start + 6 : position])

@@ -9,6 +9,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +125,9 @@ def read_samples(folder: Folder, shard: str) -> ShardSamples:
 
 
 def manifest_parts(dataset: "Dataset") -> list[str]:
-    """Names of the manifest's files, in the order of the source."""
-    return sorted(f"{MANIFEST}/{name}" for name in dataset.folder.names(MANIFEST) if name.endswith(".parquet"))
+    """Names of the manifest's files, in the order of the source; without those of an append that is not published."""
+    names = sorted(name for name in dataset.folder.names(MANIFEST) if re.fullmatch(r"\d+-\d+\.parquet", name))
+    return [f"{MANIFEST}/{name}" for name in names if int(name.split("-")[0]) < len(dataset.info["parts"])]
 
 
 def read_info(folder: Folder, setting: str) -> dict[str, Any]:

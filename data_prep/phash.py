@@ -54,13 +54,13 @@ def bands(hashes: np.ndarray, bits: int) -> Iterator[np.ndarray]:
 
 def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Bits in which the hashes (rows, 32) differ, row by row."""
-    return np.bitwise_count(one ^ other).sum(axis=1, dtype=np.int64)
+    return np.bitwise_count((one ^ other).view(np.uint64)).sum(axis=1, dtype=np.int64)
 
 
 def near_pairs(band: np.ndarray, hashes: np.ndarray, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Pairs (later row, earlier row, distance) of rows that share a band and differ in at most `limit` bits.
+    """Pairs (later rows, earlier rows, distances) of rows that share a band and differ in at most `limit` bits.
 
-    `band` is sorted, and rows of a band are in source order. In a band of more than `GROUP` rows each is compared with
+    What is yielded first lies closest together: further pairs of a later row are with ever earlier ones. `band` is sorted, and rows of a band are in source order. In a band of more than `GROUP` rows each is compared with
     the `GROUP` before it and with the first one, so that a million blank pictures cost no million squared.
     """
     start = np.r_[True, band[1:] != band[:-1]]

@@ -55,7 +55,7 @@ NEAR = pa.schema(
         ("row", pa.int32()),
     ]
 )
-REFERENCE, EXISTING = -1, -2  # chunk numbers of records of dedup.against, and of the set that is appended to
+REFERENCE = -(2**31)  # chunk number of records of dedup.against; parts of the set that is appended to end with -1
 _ROWS = 8192  # records in memory before they are written
 
 
@@ -106,18 +106,19 @@ def scan(task: ScanTask) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class ExistingTask:
-    """One part of the manifest of a published set that is appended to."""
+    """One part of the manifest of a published set that is appended to; `chunk` is its number among the chunks."""
 
     out: Folder
     work: Folder
     number: int
+    chunk: int
     part: str
     buckets: int
     bits: int
 
 
 def scan_existing(task: ExistingTask) -> tuple[int, int, int]:
-    """Put the kept records of the part among the keys, with chunk number `EXISTING`: they come before all new ones."""
+    """Put the kept records of the part among the keys: with their negative chunk they come before all new ones."""
     records = read_table(task.out, task.part, RECORDS)
     records = records.filter(pc.equal(records["status"], KEPT))
     empty = pa.nulls(len(records), pa.int64())
@@ -125,9 +126,8 @@ def scan_existing(task: ExistingTask) -> tuple[int, int, int]:
         records = records.append_column(name, empty.cast(kind))
     rows = np.arange(len(records), dtype=np.int32)
     schema = pa.schema([*KEYS, ("phash", pa.binary(PHASH_BYTES))])
-    records = records.append_column("chunk", pa.array(np.full(len(rows), EXISTING, np.int32))).append_column(
-        "row", [rows]
-    )
+    records = records.append_column("chunk", pa.array(np.full(len(rows), task.chunk, np.int32)))
+    records = records.append_column("row", pa.array(rows))
     write_keys(task.work, f"e{task.number:04d}", records.select(schema.names).cast(schema), task.buckets, task.bits)
     write_table(task.work, f"scan/e{task.number:04d}.parquet", pa.table({"samples": [len(rows)]}))
     return 0, 0, 0

@@ -258,8 +258,9 @@ def _all_scans(task: Any) -> Any:
 
 def _all_scan_tasks(job: _Job) -> dict[str, Any]:
     existing: dict[str, Any] = {}
-    for number, name in enumerate(manifest_parts(job.before) if job.before else []):
-        task = ExistingTask(job.out, job.work, number, name, job.buckets, job.bits)
+    parts = manifest_parts(job.before) if job.before else []
+    for number, name in enumerate(parts):
+        task = ExistingTask(job.out, job.work, number, number - len(parts), name, job.buckets, job.bits)
         existing[f"scan/e{number:04d}.parquet"] = task
     return existing | _scan_tasks(job)
 

@@ -109,7 +109,7 @@ def _walk_local(root: Path, folder: str = "") -> Iterator[tuple[str, int, str]]:
 
 
 def _walk_remote(folder: Folder) -> Iterator[tuple[str, int, str]]:
-    for path, size in folder.walk():
+    for path, size in sorted(folder.walk(), key=lambda file: file[0].split("/")):  # as _walk_local goes
         if not any(part.startswith(".") for part in path.split("/")):
             yield path, size, _size_problem(size)
 

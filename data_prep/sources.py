@@ -75,8 +75,16 @@ def open_source(path: str) -> Source:
     - webdataset tars, by file, folder or glob
     - the images file of an IDX pair (the MNIST family)
 
-    Raises `UserError` (SOURCE) for a path that is none of these, or is empty.
+    Raises `UserError` (SOURCE) for a path that is none of these, is empty, or cannot be reached.
     """
+    try:
+        return _open(path)
+    except OSError as error:
+        got = f"{path} ({error.strerror or error})"
+        raise UserError("SOURCE", got, "a path that can be read", "Check its rights and the network.") from error
+
+
+def _open(path: str) -> Source:
     from vitscale.data_prep.source_folder import open_image_folder
     from vitscale.data_prep.source_idx import is_idx, open_idx
     from vitscale.data_prep.source_table import TABLES, open_tables

@@ -58,9 +58,9 @@ def open_folder(url: str, setting: str) -> Folder:
     if "::" in url or ("://" not in url and url.split(":")[0] in ("pipe", "exec")):
         raise UserError(setting, url, "a path or a URL of one place", "Name the place itself.")
     scheme, _, rest = url.rpartition("://")
+    if not (rest if scheme in ("", "file") else rest.strip("/")):
+        raise UserError(setting, repr(url), "a path", "Name a folder; `.` is this one.")
     if scheme in ("", "file"):
-        if not rest:
-            raise UserError(setting, repr(url), "a path", "Name a folder; `.` is this one.")
         return LocalFolder(os.path.abspath(rest))
     if scheme not in REMOTE:
         raise UserError(setting, url, f"a path, or a URL of {', '.join(REMOTE)}", "Copy the data to one of these.")
@@ -139,9 +139,16 @@ class RemoteFolder:
     url: str
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        with _os_errors():
-            end = None if length is None else offset + length
-            return b"" if length == 0 else self._fs.cat_file(self._place(name), start=offset, end=end)
+        end = None if length is None else offset + length
+        try:
+            with _os_errors():
+                return b"" if length == 0 else self._fs.cat_file(self._place(name), start=offset or None, end=end)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if (size := self.size(name)) is not None and offset >= size:  # stores refuse to read nothing
+                return b""
+            raise
 
     def open(self, name: str) -> BinaryIO:
         with _os_errors():
@@ -162,9 +169,10 @@ class RemoteFolder:
         with _os_errors():
             self._fs.invalidate_cache()
             try:
-                return int(self._fs.size(self._place(name)) or 0)
+                info = self._fs.info(self._place(name))
             except FileNotFoundError:
                 return None
+            return None if info["type"] == "directory" else int(info["size"])
 
     def names(self, under: str = "") -> set[str]:
         with _os_errors():
@@ -173,14 +181,17 @@ class RemoteFolder:
                 found = self._fs.ls(self._place(under), detail=False)
             except FileNotFoundError:
                 return set()
-            return {name for path in found if (name := str(path).rstrip("/").rsplit("/", 1)[-1])}
+            root = str(self._fs._strip_protocol(self._place(under)))  # listed itself where a file marks the folder
+            paths = {str(path).rstrip("/") for path in found} - {root}
+            return {path.rsplit("/", 1)[-1] for path in paths}
 
     def walk(self) -> Iterator[tuple[str, int]]:
         with _os_errors():
             self._fs.invalidate_cache()
             root = str(self._fs._strip_protocol(self.url))
             found = self._fs.find(self.url, detail=True)
-            yield from sorted((str(path)[len(root) + 1 :], int(info["size"])) for path, info in found.items())
+            files = [(str(path)[len(root) + 1 :], int(info["size"])) for path, info in found.items()]
+            yield from sorted(file for file in files if file[0] and not file[0].endswith("/"))  # others mark folders
 
     def remove(self, name: str) -> None:
         with _os_errors():

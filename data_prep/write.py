@@ -138,13 +138,17 @@ def _stored_bytes(task: WriteTask, row: dict[str, Any]) -> bytes:
 def read_bytes(folder: Folder, name: str, offset: int, length: int) -> bytes:
     """Bytes of a file; local files that many samples lie in stay open."""
     if isinstance(folder, LocalFolder) and (offset or name.endswith((".tar", ".bin"))):
-        return os.pread(_opened(folder, name).fileno(), length, offset)
+        path = f"{folder.url}/{name}"
+        status = os.stat(path)
+        file = _opened(path, status.st_ino, status.st_mtime_ns)  # held: another thread may push it out of the cache
+        return os.pread(file.fileno(), length, offset)
     return folder.read(name, offset, length)
 
 
 @lru_cache(maxsize=64)
-def _opened(folder: LocalFolder, name: str) -> BinaryIO:
-    return open(folder.path / name, "rb", buffering=0)
+def _opened(path: str, inode: int, changed: int) -> BinaryIO:
+    """A file as it is now; one that takes its place later is another one."""
+    return open(path, "rb", buffering=0)
 
 
 def _member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
