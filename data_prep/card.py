@@ -16,21 +16,24 @@ from vitscale.data_prep.integrity import ImageRejected
 from vitscale.data_prep.manifest import INDEX, SAMPLES, read_table, samples_name
 from vitscale.data_prep.records import Summary
 from vitscale.data_prep.scan import SCAN
-from vitscale.data_prep.sources import Source
+from vitscale.data_prep.sources import CLASS, MULTI, NONE, Source
 from vitscale.data_prep.storage import Folder
 from vitscale.data_prep.write import read_bytes
 
 SHEET, THUMB = 40, 96  # pictures of the contact sheet, and pixels of their longer side
 STATISTICS = 128  # pictures for mean and deviation
 _MOST_CLASSES = 50
+_LABELS = {CLASS: "", MULTI: ", several an image", NONE: ", no labels"}
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#1a1a1a;background:#fff}
 h1{font-size:1.5em}h2{font-size:1.1em;margin-top:2em}table{border-collapse:collapse}
 td,th{text-align:left;padding:.15em 1.2em .15em 0;vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums}
-.bar{background:#4477aa;height:.8em;min-width:1px}.bars td:last-child{width:420px}
-.sheet{display:flex;flex-wrap:wrap;gap:6px}figure{margin:0;font-size:11px;width:96px;overflow:hidden;color:#555}
-figure img{display:block}.pair{display:flex;gap:6px;margin:0 1.5em 1em 0}.pairs{display:flex;flex-wrap:wrap}
+.bar{background:#4477aa;height:.8em;min-width:1px}.bars td{vertical-align:middle}.bars td:last-child{width:420px}
+.bars td:first-child,li{overflow-wrap:anywhere}
+.sheet{display:flex;flex-wrap:wrap;gap:6px}figure{margin:0;font-size:11px;line-height:1.3;width:96px;color:#555}
+figure{overflow-wrap:anywhere}figure img{display:block;width:96px;height:96px;object-fit:contain;background:#f4f4f4}
+.small{image-rendering:pixelated}.pair{display:flex;gap:6px;margin:0 1.5em 1em 0}.pairs{display:flex;flex-wrap:wrap}
 """
 
 
@@ -75,7 +78,7 @@ def _facts(info: dict[str, Any], mean: np.ndarray, deviation: np.ndarray, drawn:
     return [
         ("Split", info["split"]),
         ("Images", f"{info['samples']:,}"),
-        ("Classes", f"{len(info['classes']):,} ({info['labels']} labels)"),
+        ("Classes", f"{len(info['classes']):,}{_LABELS[info['labels']]}"),
         ("Shards", f"{info['shards']:,}, {info['bytes'] / 1e6:,.1f} MB"),
         ("Source", ", ".join(part["source"] for part in info["parts"])),
         ("Seed", ", ".join(str(part["seed"]) for part in info["parts"])),
@@ -136,7 +139,7 @@ def _html(
             lines = "".join(f"<li>{html.escape(name)}" for name in names)
             parts.append(f"<details><summary>{html.escape(category)}</summary><ul>{lines}</ul></details>")
     if pairs:
-        parts.append("<h2>Near duplicates: removed, and kept or met before</h2><div class=pairs>")
+        parts.append("<h2>Near duplicates: some that were removed, each beside the one before it</h2><div class=pairs>")
         parts += [f"<div class=pair>{_figure(a, x)}{_figure(b, y)}</div>" for a, x, b, y in pairs]
         parts.append("</div>")
     parts.append("<h2>Drawn at random</h2><div class=sheet>")
@@ -164,19 +167,25 @@ def _by_number(counts: dict[str, int]) -> list[tuple[str, int]]:
 
 def _figure(title: str, rgb: np.ndarray) -> str:
     picture = Image.fromarray(rgb)
+    small = " class=small" if max(picture.size) < THUMB else ""
     picture.thumbnail((THUMB, THUMB))
     buffer = BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<figure><img alt='' src='data:image/jpeg;base64,{data}'>{html.escape(title)}</figure>"
+    return f"<figure><img{small} alt='' src='data:image/jpeg;base64,{data}'>{html.escape(title)}</figure>"
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of a table in Markdown, which takes HTML for what it is."""
+    return html.escape(text, quote=False).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def _markdown(info: dict[str, Any], facts: list[tuple[str, str]]) -> str:
-    lines = [f"# Data card: {info['split']}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts)]
+    lines = [f"# Data card: {info['split']}", "", "| | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in facts)]
     if info["classes"]:
         lines += ["", "| class | images |", "|---|---|"]
         rows = list(zip(info["classes"], info["class_counts"], strict=True))
-        lines += [f"| {name.replace('|', chr(92) + '|')} | {count:,} |" for name, count in rows[:1000]]
+        lines += [f"| {_cell(name)} | {count:,} |" for name, count in rows[:1000]]
     lines += ["", "| shorter side | images |", "|---|---|"]
     lines += [
         f"| {int(side)} to {int(side) + 31} px | {count:,} |" for side, count in _by_number(info["summary"]["sides"])

@@ -74,6 +74,7 @@ STATUS = pa.schema(
     ]
 )
 COUNTS = pa.schema([("samples", pa.int64()), ("bytes", pa.int64())])  # bytes as they take in a tar
+Against = tuple[tuple[str, str], ...]  # path and fingerprint of each dataset of dedup.against
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,12 @@ class BucketTask:
     chunks: int
     seed: int
     config: DedupConfig
+    against: Against
 
 
 def match(task: BucketTask) -> None:
     """Write the near pairs of one bucket of bands: of each record, that with the first copy that is found."""
-    references = near_references(task.config)
+    references = near_references(task.against)
     found: list[pa.Table] = []
     tables = near_tables(references, matrix(references["phash"]), task.bits, task.buckets)
     for number, (reference, bucket) in enumerate(tables):
@@ -116,7 +118,7 @@ def _pairs(table: pa.Table, limit: int) -> pa.Table:
     table = table.take(pa.array(order))
     copies, bits = np.full(len(table), -1), np.zeros(len(table), np.int32)
     for later, earlier, distances in phash.near_pairs(table["band"].to_numpy(), matrix(table["phash"]), limit):
-        copies[later], bits[later] = earlier, distances  # which are ever earlier: the first one stays
+        copies[later], bits[later] = earlier, distances  # the earliest comes last, and stays
     rows = np.flatnonzero((copies >= 0) & (table["chunk"].to_numpy() >= 0))
     one, other = table.take(pa.array(rows)), table.take(pa.array(copies[rows]))
     columns = [*(one[name] for name in ("sha256", "chunk", "row")), pa.array(bits[rows])]
@@ -133,7 +135,8 @@ def dedup(task: BucketTask) -> None:
     new = np.r_[True, (sha[1:] != sha[:-1]).any(axis=1)] if len(sha) else np.zeros(0, bool)
     copies = np.arange(len(sha)) - np.flatnonzero(new)[np.cumsum(new) - 1] if len(sha) else np.zeros(0, np.int64)
     near = _near(task)
-    leaked, references = exact_references(task.config), _reference_names(task.config)
+    references = reference_names(task.against)
+    leaked = dict(zip(_references(task.against)["sha256"].to_pylist(), references, strict=True))
     drop = task.config.exact == "drop" or task.config.near > 0
     status = {"row": rows, "key": [], "status": [], "reason": [], "other_chunk": [], "other_row": []}
     hexed = [content.hex()[:KEY_DIGITS] for content in keys["sha256"].to_pylist()]
@@ -201,10 +204,10 @@ def rank(key: str, seed: int) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _references(against: tuple[str, ...]) -> pa.Table:
+def _references(against: Against) -> pa.Table:
     """Kept records of the datasets of dedup.against: `sha256`, `phash` and `set`, its place in the list."""
     tables = []
-    for number, path in enumerate(against):
+    for number, (path, _) in enumerate(against):
         dataset = read_dataset(path, "dedup.against", check_files=False)
         for part in manifest_parts(dataset):
             columns = ("sha256", "phash", "status")
@@ -215,24 +218,15 @@ def _references(against: tuple[str, ...]) -> pa.Table:
     return pa.concat_tables([empty.empty_table(), *tables]).combine_chunks()
 
 
-def near_references(config: DedupConfig) -> pa.Table:
+def near_references(against: Against) -> pa.Table:
     """The records to compare with, as rows of `NEAR` without bands; `row` is their place in all of them."""
-    table = _references(tuple(config.against))
+    table = _references(against)
     table = table.append_column("chunk", pa.array(np.full(len(table), REFERENCE, np.int32)))
     table = table.append_column("row", pa.array(np.arange(len(table), dtype=np.int32)))
     return table.filter(table["phash"].is_valid())
 
 
-def exact_references(config: DedupConfig) -> dict[bytes, str]:
-    """SHA-256 of the records to compare with, and the name of their dataset."""
-    table = _references(tuple(config.against))
-    names = [path.rstrip("/").rsplit("/", 1)[-1] for path in config.against]
-    return {
-        content: names[number]
-        for content, number in zip(*(table[c].to_pylist() for c in ("sha256", "set")), strict=True)
-    }
-
-
-def _reference_names(config: DedupConfig) -> list[str]:
-    names = [path.rstrip("/").rsplit("/", 1)[-1] for path in config.against]
-    return [names[number] for number in _references(tuple(config.against))["set"].to_pylist()]
+def reference_names(against: Against) -> list[str]:
+    """The names of the datasets of the records to compare with."""
+    names = [path.rstrip("/").rsplit("/", 1)[-1] for path, _ in against]
+    return [names[number] for number in _references(against)["set"].to_pylist()]

@@ -10,7 +10,15 @@ import re
 from importlib.metadata import version
 from typing import Any
 
-from vitscale.data_prep.manifest import DATASET_FILE, INDEX_FILE, MANIFEST, REJECTED_FILE, read_dataset
+from vitscale.data_prep.manifest import (
+    DATASET_FILE,
+    INDEX_FILE,
+    MANIFEST,
+    REJECTED_FILE,
+    Dataset,
+    manifest_parts,
+    read_dataset,
+)
 from vitscale.data_prep.publish import PARTIAL
 from vitscale.data_prep.storage import Folder, LocalFolder
 from vitscale.errors import UserError
@@ -43,27 +51,40 @@ def find_complete(out: Folder, run: str, append: bool) -> dict[str, Any] | None:
     else:
         _refuse_foreign(out, names)
     if UNFINISHED_FILE in names and out.read(UNFINISHED_FILE) != _claim_of(run):
+        remedy = (
+            f"Run that append again, or give it up: remove {UNFINISHED_FILE} and {WORK} there." if append else _REMEDY
+        )
         raise UserError(
             "OUT",
             f"{out.url}, left by an interrupted run of another source, settings or versions",
-            "an empty folder",
-            _REMEDY,
+            "a whole dataset" if append else "an empty folder",
+            remedy,
         )
     return None
 
 
-def claim(out: Folder, run: str, alone: bool) -> None:
-    """Make the folder and write down which run owns it; if `alone`, clear away what a killed run was still writing."""
+def claim(out: Folder, run: str, alone: bool, before: Dataset | None = None) -> None:
+    """Make the folder and write down which run owns it; if `alone`, clear away what a killed run was still writing.
+
+    What an append to the dataset `before` left, if it was given up, is cleared away by the next one.
+    """
     if alone and isinstance(out, LocalFolder):
         for left_over in out.path.rglob(f"*{PARTIAL}"):
             left_over.unlink(missing_ok=True)  # its writer may live on for a moment
     if out.size(UNFINISHED_FILE) is None:
+        if before:
+            for name in {f"{MANIFEST}/{name}" for name in out.names(MANIFEST)} - set(manifest_parts(before)):
+                out.remove(name)
+            if alone:
+                out.remove(WORK)
         with out.publish(UNFINISHED_FILE) as file:
             file.write(_claim_of(run))
 
 
-def release(out: Folder) -> None:
-    """Give up the claim, once dataset.json is published."""
+def release(out: Folder, run: str) -> None:
+    """Give up the claim of this run, once dataset.json is published; that of another one, an append, stays."""
+    if out.size(UNFINISHED_FILE) is not None and json.loads(out.read(UNFINISHED_FILE))["run"] != run:
+        return
     out.remove(WORK)
     out.remove(UNFINISHED_FILE)
 

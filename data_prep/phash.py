@@ -60,19 +60,21 @@ def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def near_pairs(band: np.ndarray, hashes: np.ndarray, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Pairs (later rows, earlier rows, distances) of rows that share a band and differ in at most `limit` bits.
 
-    What is yielded first lies closest together: further pairs of a later row are with ever earlier ones. `band` is sorted, and rows of a band are in source order. In a band of more than `GROUP` rows each is compared with
-    the `GROUP` before it and with the first one, so that a million blank pictures cost no million squared.
+    Of the pairs of a later row the last one is with the earliest; a row near the first of its band has no other pair.
+    `band` is sorted, and rows of a band are in source order. In a band of more than `GROUP` rows each is compared with
+    the first one and the `GROUP` before it, so that a million blank pictures cost no million squared.
     """
     start = np.r_[True, band[1:] != band[:-1]]
     first = np.flatnonzero(start)[np.cumsum(start) - 1] if len(band) else np.zeros(0, np.int64)
-    rows = np.arange(len(band))
+    rows = np.flatnonzero(np.arange(len(band)) > first)
+    found = _within(rows, first[rows], hashes, limit)
+    yield found
+    rows = np.setdiff1d(rows, found[0], assume_unique=True)
     for back in range(1, GROUP + 1):
-        later = rows[rows - back >= first]
-        if not len(later):
+        rows = rows[rows - back > first[rows]]
+        if not len(rows):
             return
-        yield _within(later, later - back, hashes, limit)
-    later = rows[rows - GROUP > first]
-    yield _within(later, first[later], hashes, limit)
+        yield _within(rows, rows - back, hashes, limit)
 
 
 def _within(

@@ -135,12 +135,12 @@ def scan_existing(task: ExistingTask) -> tuple[int, int, int]:
 
 def write_keys(work: Folder, name: str, keys: pa.Table, buckets: int, bits: int) -> None:
     """Write `keys`, rows of `KEYS` and their `phash`, for the next stages."""
-    sha, hashes = matrix(keys["sha256"]), matrix(keys["phash"])
     if bits:
+        hashed = keys.filter(keys["phash"].is_valid())
         with work.publish(f"near/{name}.arrow") as file:
-            scatter(file, near_tables(keys, hashes, bits, buckets), buckets, NEAR)
+            scatter(file, near_tables(hashed, matrix(hashed["phash"]), bits, buckets), buckets, NEAR)
     with work.publish(f"keys/{name}.arrow") as file:
-        scatter(file, [(keys.select(KEYS.names), bucket_of(sha, buckets))], buckets, KEYS)
+        scatter(file, [(keys.select(KEYS.names), bucket_of(matrix(keys["sha256"]), buckets))], buckets, KEYS)
 
 
 def near_tables(keys: pa.Table, hashes: np.ndarray, bits: int, buckets: int) -> Iterator[tuple[pa.Table, np.ndarray]]:

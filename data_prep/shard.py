@@ -8,6 +8,7 @@ interruptions, and any order in which a file system lists names, give the same b
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import pyarrow as pa
 from vitscale.data_prep import phash
 from vitscale.data_prep.card import write_card
 from vitscale.data_prep.config import ShardConfig
-from vitscale.data_prep.dedup import BucketTask, dedup, match
+from vitscale.data_prep.dedup import Against, BucketTask, dedup, match
 from vitscale.data_prep.executors import Executor, make_executor
 from vitscale.data_prep.manifest import (
     DATASET_FILE,
@@ -89,6 +90,7 @@ class _Job:
     out: Folder
     work: Folder
     config: ShardConfig
+    against: Against
     run: str
     before: Dataset | None
 
@@ -138,20 +140,20 @@ def shard(
     if part and stage not in STAGES:
         raise UserError("--part", f"{part.number}/{part.of}", "--stage beside it", f"Add --stage {STAGES[0]}.")
     report = on_progress or (lambda stage, done, total, tally: None)
-    for path in config.dedup.against:
-        read_dataset(path, "dedup.against", check_files=False)
+    others = [(path, read_dataset(path, "dedup.against", check_files=False)) for path in config.dedup.against]
+    against = tuple((path, dataset.fingerprint) for path, dataset in others)
     listed = open_source(source)
     folder = open_folder(out, "OUT")
     _refuse_nested(listed, folder)
     with _writing(out):
-        run = _run_digest(listed, config)
+        run = _run_digest(listed, config, against)
         if complete := find_complete(folder, run, append):
-            release(folder)
+            release(folder, run)
             return complete | {"already_complete": True}
         before = read_dataset(out, "OUT") if append else None
-        job = _Job(listed, folder, within(folder, WORK), config, run, before)
+        job = _Job(listed, folder, within(folder, WORK), config, against, run, before)
         _check_append(job)
-        claim(folder, run, alone=not part)
+        claim(folder, run, alone=not part, before=before)
         with make_executor(config.executor, config.workers) as executor:
             for name in [stage] if stage else [*STAGES, "publish"]:
                 if name != "publish":
@@ -160,7 +162,7 @@ def shard(
             return {}
         _check_done(job, len(STAGES), "publish")
         info = _publish(job)
-        release(folder)
+        release(folder, run)
     return info | {"already_complete": False}
 
 
@@ -209,13 +211,17 @@ def _bucket_tasks(job: _Job, marker: str) -> dict[str, Any]:
     chunks = len(job.source.chunks)
     existing = len(manifest_parts(job.before)) if job.before else 0
     names = (*(f"e{number:04d}" for number in range(existing)), *(f"{number:04d}" for number in range(chunks)))
-    shared = names, job.buckets, job.bits, chunks, job.config.seed, job.config.dedup
+    shared = names, job.buckets, job.bits, chunks, job.config.seed, job.config.dedup, job.against
     return {marker.format(number): BucketTask(job.work, number, *shared) for number in range(job.buckets)}
 
 
 def _write_tasks(job: _Job) -> dict[str, Any]:
     cuts = _layout(job)
-    first = len(job.before.shards) if job.before else 0
+    taken = [
+        re.fullmatch(rf"{job.config.split}-(\d+)\.tar", entry.name)
+        for entry in (job.before.shards if job.before else ())
+    ]
+    first = max((int(name[1]) + 1 for name in taken if name), default=0)  # tars that were indexed have other numbers
     tasks = {}
     for number, (start, stop) in enumerate(zip(cuts.shards[:-1], cuts.shards[1:], strict=True)):
         name = f"{job.config.split}-{first + number:06d}.tar"
@@ -226,7 +232,7 @@ def _write_tasks(job: _Job) -> dict[str, Any]:
 
 def _layout(job: _Job) -> Any:
     cuts = layout(job.work, job.buckets, job.config.shard_samples, job.config.shard_mb * 10**6)
-    if not cuts.shards[-1]:
+    if not cuts.shards[-1] and not job.before:
         reason = next(iter(_first_reasons(job)), "it is empty")
         raise UserError(
             "SOURCE",
@@ -299,11 +305,11 @@ def _refuse_nested(source: Source, out: Folder) -> None:
         raise UserError("OUT", f"{out.url}, within SOURCE", "a folder outside of it", "Choose another folder for OUT.")
 
 
-def _run_digest(source: Source, config: ShardConfig) -> str:
+def _run_digest(source: Source, config: ShardConfig, against: Against) -> str:
     """Name what would be made of what, apart from software versions."""
     settings = asdict(config)
     del settings["workers"], settings["executor"]
-    settings["dedup"]["against"] = [read_dataset(path, check_files=False).fingerprint for path in config.dedup.against]
+    settings["dedup"]["against"] = [fingerprint for _, fingerprint in against]
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, source.digest, source.classes, settings]).encode()).hexdigest()
 
 

@@ -32,6 +32,7 @@ from vitscale.errors import UserError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 MAX_TEXT_BYTES = 2**20
 _PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
+_MAX_HEADER = 2**14  # bytes of a long name or of extended attributes
 _LOOK = 100  # members of a tar that tell what its labels are
 _MAX_DEPTH = 50  # of .json
 _GUESS_BYTES = 30_000  # of an image in a tar, for a first idea of their number
@@ -57,8 +58,8 @@ class TarChunk:
 
     def _samples(self, name: str, file: BinaryIO) -> Iterator[Item]:
         base, members, problem = None, {}, ""
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in _members(archive):
+        with open_tar(file) as archive:
+            for member in members_of(archive):
                 if member.isdir():
                     continue
                 stem, suffix = _split(member.name)
@@ -70,11 +71,7 @@ class TarChunk:
                 if not problem and suffix in (*IMAGE_SUFFIXES, "cls", "json", "txt"):
                     if suffix in members:
                         problem = f"unsupported: two members .{suffix}"
-                    content = archive.extractfile(member)
-                    data = content.read() if content else b""
-                    if len(data) != member.size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    members[suffix] = member.offset_data, data
+                    members[suffix] = member.offset_data, read_member(file, member)
             if base is not None:
                 yield self._item(name, base, members, problem)
             file.seek(archive.offset)
@@ -118,10 +115,37 @@ def open_tars(name: str, folder: Folder, files: list[str]) -> Source:
     return Source(name, folder, classes if labelled != NONE else [], labelled, chunks, digest, guess)
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def open_tar(file: BinaryIO) -> tarfile.TarFile:
+    """An uncompressed tar to read headers of. Raises `tarfile.TarError`, also for headers of senseless length."""
+    return tarfile.open(fileobj=_Headers(file), mode="r:")  # pyright: ignore[reportArgumentType]
+
+
+class _Headers:
+    """A tar as tarfile needs to see it; else it would ask for as much memory as a header claims to be long."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
+def read_member(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    """Bytes of a plain member. Raises `tarfile.TarError` where the file ends early."""
+    file.seek(member.offset_data)
+    data = file.read(member.size)
+    if len(data) != member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
+
+
+def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Headers one after the other. Raises `tarfile.TarError` where one is damaged."""
     for member in archive:
         archive.members.clear()  # else tarfile keeps all headers
-        if archive.offset < member.offset_data:
+        if member.size < 0 or archive.offset < member.offset_data:
             raise tarfile.ReadError(f"a member of {member.size} bytes")  # older tarfiles would go round in circles
         yield member
 
@@ -131,14 +155,13 @@ def _kind_of_labels(folder: Folder, files: list[str]) -> str:
     found, seen = set(), 0
     for file in files:
         try:
-            with folder.open(file) as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
-                for member in islice(_members(archive), _LOOK):
+            with folder.open(file) as opened, open_tar(opened) as archive:
+                for member in islice(members_of(archive), _LOOK):
                     seen += 1
                     suffix = _split(member.name)[1]
                     if suffix in ("cls", "json") and not _unsafe(member, suffix):
-                        content = archive.extractfile(member)
                         with suppress(ValueError):
-                            label, labels, _ = _annotations({suffix: content.read() if content else b""})
+                            label, labels, _ = _annotations({suffix: read_member(opened, member)})
                             found |= {CLASS} if label is not None else {MULTI} if labels is not None else set()
         except (OSError, tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError):
             continue

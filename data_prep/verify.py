@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,8 +29,8 @@ from vitscale.data_prep.manifest import (
     read_samples,
     read_table,
 )
-from vitscale.data_prep.source_tar import IMAGE_SUFFIXES, TarChunk
-from vitscale.data_prep.sources import CLASS
+from vitscale.data_prep.source_tar import IMAGE_SUFFIXES, TarChunk, members_of, open_tar, read_member
+from vitscale.data_prep.sources import CLASS, MAX_FILE_BYTES
 from vitscale.data_prep.storage import Folder
 
 
@@ -153,19 +154,19 @@ def _check_sidecar(entry: ShardEntry, samples: ShardSamples, classes: int | None
 
 def _check_members(folder: Folder, name: str, samples: ShardSamples, max_pixels: int) -> Iterator[str]:
     """Compare the members with the sidecar, in order, and decode the images."""
-    with folder.open(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        member = archive.next()
+    with folder.open(name) as file, open_tar(file) as archive:
+        headers = members_of(archive)
+        member = next(headers, None)
         for key, label, offset, length in zip(
             samples.keys, samples.labels, samples.offsets, samples.lengths, strict=True
         ):
             image, members = None, {}
             while member is not None and member.name.split(".", 1)[0] == key:
                 suffix = member.name[len(key) + 1 :]
-                members[suffix] = _content(archive, member)
+                members[suffix] = _content(file, member)
                 if suffix in IMAGE_SUFFIXES:
                     image = member
-                archive.members.clear()  # else tarfile keeps all headers
-                member = archive.next()
+                member = next(headers, None)
             if image is None:
                 yield f"{name}: {key}: missing, as is all that follows"
                 return
@@ -199,10 +200,9 @@ def _check_foreign(labelled: str, folder: Folder, name: str, samples: ShardSampl
             yield f"{name}: {key}: {rejection}"
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Return the bytes of a regular member, b"" of any other."""
-    file = archive.extractfile(member) if member.isreg() else None
-    return file.read() if file else b""
+def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    """Return the bytes of a plain member, b"" of any other."""
+    return read_member(file, member) if member.isreg() and 0 <= member.size <= MAX_FILE_BYTES else b""
 
 
 def _check_totals(dataset: Dataset, found: _Digest, listed: _Digest, manifest: bool) -> Iterator[str]:

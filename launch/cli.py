@@ -49,7 +49,7 @@ def shard(
     from vitscale.data_prep.shard import Part
     from vitscale.data_prep.shard import shard as run
     from vitscale.pipeline.config import compose_overrides
-    from vitscale.pipeline.console import progress, say
+    from vitscale.pipeline.console import count, progress, say
 
     if publish and one_stage:
         raise UserError(
@@ -65,7 +65,7 @@ def shard(
         return
     if made["already_complete"]:
         say(f"{out} holds these images already")
-    size = f"{made['bytes'] / 1e6:,.1f} MB in {made['shards']:,} shard{'s' * (made['shards'] != 1)}"
+    size = f"{made['bytes'] / 1e6:,.1f} MB in {count(made['shards'], 'shard')}"
     say(f"{out}: {made['samples']:,} images of {len(made['classes']):,} classes, {size}")
     removed = {**made["rejected"], **{name: made[name] for name in ("duplicate", "leaked") if made[name]}}
     if removed:
@@ -105,11 +105,11 @@ def index(
     Example: `vitscale index downloaded/tars`
     """
     from vitscale.data_prep.index import index as run
-    from vitscale.pipeline.console import progress, say
+    from vitscale.pipeline.console import count, progress, say
 
     with progress("indexing") as advance:
         made = run(folder, split, check, workers, _preparing(advance))
-    say(f"{folder}: {made['samples']:,} images of {len(made['classes']):,} classes in {made['shards']:,} shards")
+    say(f"{folder}: {made['samples']:,} images of {len(made['classes']):,} classes in {count(made['shards'], 'shard')}")
 
 
 @app.command()
@@ -125,15 +125,15 @@ def verify(
     """
     from vitscale.data_prep.shard import Part
     from vitscale.data_prep.verify import verify as run
-    from vitscale.pipeline.console import progress, say
+    from vitscale.pipeline.console import count, progress, say
 
     which = Part.parse(part) if part else Part(1, 1)
     with progress("verifying") as advance:
         found = run(dataset, lambda step, done, total: advance(done, total), part=(which.number, which.of))
     for problem in found.problems:
         say(problem)
-    verdict = f"{len(found.problems):,} problems" if found.problems else "sound"
-    say(f"{dataset}: {found.shards:,} shards, {found.samples:,} images: {verdict}")
+    verdict = count(len(found.problems), "problem") if found.problems else "sound"
+    say(f"{dataset}: {count(found.shards, 'shard')}, {found.samples:,} images: {verdict}")
     if found.problems:
         raise typer.Exit(1)
 

@@ -247,7 +247,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def explain(defaults: Any, prefix: str = "") -> str:
     """Every setting with its default, a line each, under what the docstring of its section says."""
     yaml_words = {"None": "null", "True": "true", "False": "false"}
-    lines, sections = [inspect.cleandoc(defaults.__doc__), ""], []
+    told = inspect.cleandoc(defaults.__doc__).split("Raises `UserError`")[0].rstrip()
+    lines, sections = [told, ""], []
     for item in dataclasses.fields(defaults):
         value, key = getattr(defaults, item.name), prefix + item.name
         if dataclasses.is_dataclass(value):

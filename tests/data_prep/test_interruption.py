@@ -202,5 +202,6 @@ def test_settings_file_holds_no_traces_of_the_machine(source: Path, tmp_path: Pa
     run(source, tmp_path / "out", 1, "write", 1)
     claim = json.loads((tmp_path / "out" / "unfinished.json").read_text())
     assert sorted(claim) == ["numpy", "opencv-python-headless", "pillow", "pyarrow", "run", "simplejpeg"]
-    traces = str(tmp_path).encode(), os.uname().nodename.encode()
+    name = os.uname().nodename.encode()
+    traces = [str(tmp_path).encode(), *([name] if len(name) > 5 else [])]  # a shorter one is in JPEGs by chance
     assert not any(trace in content for content in bytes_of(tmp_path / "out").values() for trace in traces)

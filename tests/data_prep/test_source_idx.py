@@ -74,9 +74,8 @@ def test_pixels_and_labels_arrive_as_they_are(
     assert (report.problems, report.samples) == ([], 30)
 
     (part,) = manifest_parts(read_dataset(tmp_path / "out"))
-    rows = {row["key"]: int(row["name"].removeprefix(f"{images_file}:")) for row in pq.read_table(
-        tmp_path / "out" / part
-    ).to_pylist()}  # fmt: skip
+    records = pq.read_table(tmp_path / "out" / part).to_pylist()
+    rows = {record["key"]: int(record["name"].removeprefix(f"{images_file}:")) for record in records}
     found, numbers = np.zeros_like(pictures), np.zeros_like(labels)
     for path in (tmp_path / "out").glob("*.tar"):
         with tarfile.open(path) as archive:

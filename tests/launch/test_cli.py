@@ -90,7 +90,7 @@ def test_rejected_images_are_listed_and_do_not_stop_the_run(vitscale: Command, t
     assert "already" in again.stdout
     refused(vitscale("shard", "images", "out", "split=val", "seed=1"), "OUT", "out")
     checked = vitscale("verify", "out")
-    assert (checked.returncode, checked.stdout) == (0, "out: 1 shards, 6 images: sound\n")
+    assert (checked.returncode, checked.stdout) == (0, "out: 1 shard, 6 images: sound\n")
     tar = tmp_path / "out" / "val-000000.tar"
     data = bytearray(tar.read_bytes())
     data[700] ^= 0xFF
@@ -122,8 +122,8 @@ def test_tars_are_indexed_where_they_are(vitscale: Command, tmp_path: Path) -> N
     (tmp_path / "tars").mkdir()
     (tmp_path / "made" / "train-000000.tar").rename(tmp_path / "tars" / "any.tar")
     said = vitscale("index", "tars")
-    assert said.stdout == "tars: 6 images of 2 classes in 1 shards\n", said.stderr
-    assert vitscale("verify", "tars").stdout == "tars: 1 shards, 6 images: sound\n"
+    assert said.stdout == "tars: 6 images of 2 classes in 1 shard\n", said.stderr
+    assert vitscale("verify", "tars").stdout == "tars: 1 shard, 6 images: sound\n"
     refused(vitscale("index", "tars"), "FOLDER", "which holds a dataset")
     refused(vitscale("index", "images"), "FOLDER", "without a .tar")
 
