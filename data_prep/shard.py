@@ -26,6 +26,7 @@ from vitscale.data_prep.manifest import (
     DATASET_FILE,
     INDEX,
     INDEX_FILE,
+    KEPT,
     REJECTED_FILE,
     SCHEMA_VERSION,
     Dataset,
@@ -329,8 +330,11 @@ def _check_append(job: _Job) -> None:
 def _publish(job: _Job) -> dict[str, Any]:
     """Publish index, list of rejected and card, and dataset.json last; return its content."""
     summary = read_summary(job.work, len(job.source.chunks))
-    old = job.before.shards if job.before else ()
-    entries = [*old, *_new_entries(job)]
+    old, new = job.before.shards if job.before else (), list(_new_entries(job))
+    if (found := sum(entry.samples for entry in new)) != (kept := summary.status.get(KEPT, 0)):
+        got = f"{job.out.url}, whose new shards hold {found} of {kept} images"
+        raise UserError("OUT", got, "stages that are all of one version of vitscale", "Shard again, from the start.")
+    entries = [*old, *new]
     suffix = f"-{job.generation}" if job.before else ""
     index = INDEX_FILE.replace(".", f"{suffix}.")
     columns = [[getattr(entry, name) for entry in entries] for name in ("name", "samples", "bytes", "sha256")]

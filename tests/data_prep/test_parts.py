@@ -104,6 +104,22 @@ def test_a_stage_waits_for_all_parts_of_the_one_before(
     assert shard(str(source), out, CONFIG, stage="scan", part=Part(1, 2))["already_complete"] is True
 
 
+def test_stages_that_do_not_fit_together_are_not_published(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of two versions that cut the records into buckets in two ways: some records would be lost."""
+    out = str(tmp_path / "out")
+    monkeypatch.setattr("vitscale.data_prep.shard.BUCKET_RECORDS", 7)
+    for stage in STAGES:
+        shard(str(source), out, CONFIG, stage=stage)
+    monkeypatch.undo()
+    with pytest.raises(
+        UserError, match=r"new shards hold \d+ of 36 images; expected stages that are all of one version"
+    ):
+        shard(str(source), out, CONFIG)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
 def test_parts_that_name_no_part_are_refused(source: Path, tmp_path: Path) -> None:
     for text in ("", "3", "0/3", "4/3", "1/0", "a/b", "1/3/5", "-1/3", "1/", "½/1"):
         with pytest.raises(UserError) as error:
