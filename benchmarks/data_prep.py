@@ -49,7 +49,7 @@ def resize_all(files: list[Path]) -> None:
     """To a shorter side of 256 where larger, at quality 90."""
     for file in files:
         data = file.read_bytes()
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])  # pyright: ignore[reportArgumentType]
         scale = min(1.0, 256 / min(height, width))
         target = round(width * scale), round(height * scale)
         rgb = simplejpeg.decode_jpeg(data, min_height=target[1], min_width=target[0])
@@ -95,7 +95,7 @@ def img2dataset(python: str, root: Path, files: list[Path], out: Path) -> None:
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
 

@@ -58,7 +58,7 @@ def measure(work: str, records: int) -> None:
     """Run the stages; print seconds, and the peak of memory in MB."""
     folder, buckets, chunks = open_folder(work, "work"), bucket_count(records), records // CHUNK
     names = tuple(f"{number:04d}" for number in range(chunks))
-    tasks = [BucketTask(folder, n, names, buckets, 0, chunks, 0, DedupConfig()) for n in range(buckets)]
+    tasks = [BucketTask(folder, n, names, buckets, 0, chunks, 0, DedupConfig(), ()) for n in range(buckets)]
     start = time.perf_counter()
     for stage in (dedup, plan):
         for task in tasks:
