@@ -21,7 +21,7 @@ import pyarrow as pa
 from vitscale.data_prep.config import DedupConfig
 from vitscale.data_prep.dedup import BucketTask, dedup
 from vitscale.data_prep.plan import layout, plan
-from vitscale.data_prep.scan import KEYS, write_keys
+from vitscale.data_prep.scan import HASHED_KEYS, write_keys
 from vitscale.data_prep.shard import bucket_count
 from vitscale.data_prep.storage import open_folder
 
@@ -50,8 +50,7 @@ def make(work: str, records: int) -> None:
             "length": np.full(CHUNK, 65_000, np.int64),
             "phash": pa.nulls(CHUNK, pa.binary(32)),
         }
-        schema = pa.schema([*KEYS, ("phash", pa.binary(32))])
-        write_keys(folder, f"{number:04d}", pa.table(columns).select(schema.names).cast(schema), buckets, 0)
+        write_keys(folder, f"{number:04d}", pa.table(columns).select(HASHED_KEYS.names).cast(HASHED_KEYS), buckets, 0)
 
 
 def measure(work: str, records: int) -> None:

@@ -96,7 +96,7 @@ def match(task: BucketTask) -> None:
     """Write the near pairs of one bucket of bands: of each record, that with the first copy that is found."""
     references = near_references(task.against)
     found: list[pa.Table] = []
-    tables = near_tables(references, matrix(references["phash"]), task.bits, task.buckets)
+    tables = near_tables(references, task.bits, task.buckets)
     for number, (reference, bucket) in enumerate(tables):
         ours = gather(
             task.work, [f"near/{name}.arrow" for name in task.names], number * task.buckets + task.number, NEAR

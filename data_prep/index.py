@@ -12,7 +12,6 @@ from vitscale.data_prep.executors import LocalExecutor
 from vitscale.data_prep.integrity import ImageRejected
 from vitscale.data_prep.manifest import (
     DATASET_FILE,
-    INDEX,
     INDEX_FILE,
     KEPT,
     MANIFEST,
@@ -24,6 +23,7 @@ from vitscale.data_prep.manifest import (
     ShardEntry,
     fingerprint,
     samples_name,
+    write_index,
     write_table,
 )
 from vitscale.data_prep.records import Summary, rejected, summarise
@@ -109,8 +109,7 @@ def _publish(
 ) -> dict[str, Any]:
     if not any(entry.samples for entry in entries):
         raise UserError("FOLDER", f"{name}, of which no image can be used", "readable images", "Look at the manifest.")
-    columns = [[getattr(entry, field) for entry in entries] for field in ("name", "samples", "bytes", "sha256")]
-    write_table(folder, INDEX_FILE, pa.table(columns, schema=INDEX))
+    write_index(folder, INDEX_FILE, entries)
     labels = {int(label): count for label, count in total.labels.items()}
     counts = [labels.get(label, 0) for label in range(1 + max(labels, default=-1))]
     info = {

@@ -112,6 +112,12 @@ def read_table(folder: Folder, name: str, schema: pa.Schema) -> pa.Table:
     return table.select(schema.names).cast(schema)
 
 
+def write_index(folder: Folder, name: str, shards: Sequence[ShardEntry]) -> None:
+    """Publish the index of a dataset."""
+    columns = [[getattr(entry, field) for entry in shards] for field in ("name", "samples", "bytes", "sha256")]
+    write_table(folder, name, pa.table(columns, schema=INDEX))
+
+
 def samples_name(shard: str) -> str:
     """Return the sidecar of a shard: `train-000000.tar` has `train-000000.samples.parquet`."""
     return f"{shard.removesuffix('.tar')}.samples.parquet"

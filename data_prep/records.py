@@ -122,7 +122,7 @@ def read_summary(work: Folder, chunks: int) -> Summary:
 
 def rejected(summary: Summary) -> dict[str, int]:
     """Categories of the rejected alone, without duplicates and leaks."""
-    return {name: count for name, count in sorted(summary.reasons.items()) if name not in (DUPLICATE, "leaked", LEAKED)}
+    return {name: count for name, count in sorted(summary.reasons.items()) if name not in (DUPLICATE, LEAKED)}
 
 
 def _text(counts: "Counter[Any]") -> dict[str, int]:

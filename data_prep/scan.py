@@ -55,6 +55,7 @@ NEAR = pa.schema(
         ("row", pa.int32()),
     ]
 )
+HASHED_KEYS = pa.schema([*KEYS, ("phash", pa.binary(PHASH_BYTES))])
 REFERENCE = -(2**31)  # chunk number of records of dedup.against; parts of the set that is appended to end with -1
 _ROWS = 8192  # records in memory before they are written
 
@@ -98,8 +99,7 @@ def scan(task: ScanTask) -> tuple[int, int, int]:
                 images += len(records)
                 read += sum(row.get("bytes") or 0 for row in rows)
                 rejected += sum(row["status"] == REJECTED for row in rows)
-        empty = pa.schema([*KEYS, ("phash", pa.binary(PHASH_BYTES))]).empty_table()
-        keys = pa.concat_tables([empty, *kept])
+        keys = pa.concat_tables([HASHED_KEYS.empty_table(), *kept])
         write_keys(task.work, name, keys, task.buckets, task.bits)
     return images, read, rejected
 
@@ -125,27 +125,28 @@ def scan_existing(task: ExistingTask) -> tuple[int, int, int]:
     for name, kind in PLACES:
         records = records.append_column(name, empty.cast(kind))
     rows = np.arange(len(records), dtype=np.int32)
-    schema = pa.schema([*KEYS, ("phash", pa.binary(PHASH_BYTES))])
     records = records.append_column("chunk", pa.array(np.full(len(rows), task.chunk, np.int32)))
     records = records.append_column("row", pa.array(rows))
-    write_keys(task.work, f"e{task.number:04d}", records.select(schema.names).cast(schema), task.buckets, task.bits)
+    write_keys(
+        task.work, f"e{task.number:04d}", records.select(HASHED_KEYS.names).cast(HASHED_KEYS), task.buckets, task.bits
+    )
     write_table(task.work, f"scan/e{task.number:04d}.parquet", pa.table({"samples": [len(rows)]}))
     return 0, 0, 0
 
 
 def write_keys(work: Folder, name: str, keys: pa.Table, buckets: int, bits: int) -> None:
-    """Write `keys`, rows of `KEYS` and their `phash`, for the next stages."""
+    """Write `keys`, rows of `HASHED_KEYS`, for the next stages."""
     if bits:
         hashed = keys.filter(keys["phash"].is_valid())
         with work.publish(f"near/{name}.arrow") as file:
-            scatter(file, near_tables(hashed, matrix(hashed["phash"]), bits, buckets), buckets, NEAR)
+            scatter(file, near_tables(hashed, bits, buckets), buckets, NEAR)
     with work.publish(f"keys/{name}.arrow") as file:
         scatter(file, [(keys.select(KEYS.names), bucket_of(matrix(keys["sha256"]), buckets))], buckets, KEYS)
 
 
-def near_tables(keys: pa.Table, hashes: np.ndarray, bits: int, buckets: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
+def near_tables(keys: pa.Table, bits: int, buckets: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
     """For each table of bands: (`NEAR`, buckets) of the rows of `keys`."""
-    for band in phash.bands(hashes, bits):
+    for band in phash.bands(matrix(keys["phash"]), bits):
         columns = [pa.array(band), *(keys[name] for name in NEAR.names[1:])]
         yield (
             pa.table(columns, schema=NEAR),
@@ -167,8 +168,7 @@ def _keys(records: pa.Table, chunk: int, first: int) -> pa.Table:
     chunks = pa.array(np.full(len(records), chunk, np.int32))
     table = records.append_column("row", rows).append_column("chunk", chunks)
     table = table.filter(pc.equal(table["status"], KEPT))
-    schema = pa.schema([*KEYS, ("phash", pa.binary(PHASH_BYTES))])
-    return table.select(schema.names).cast(schema)
+    return table.select(HASHED_KEYS.names).cast(HASHED_KEYS)
 
 
 def _records(task: ScanTask, spool: "_Spool") -> Iterator[dict[str, Any]]:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
-
-import pyarrow as pa
 
 from vitscale.data_prep import phash
 from vitscale.data_prep.card import write_card
@@ -35,12 +35,12 @@ from vitscale.data_prep.manifest import (
     manifest_parts,
     read_dataset,
     read_table,
-    write_table,
+    write_index,
 )
 from vitscale.data_prep.out_folder import WORK, claim, find_complete, release
-from vitscale.data_prep.plan import layout, plan
+from vitscale.data_prep.plan import Layout, layout, plan
 from vitscale.data_prep.records import RecordsTask, Summary, read_summary, rejected, write_records
-from vitscale.data_prep.scan import ExistingTask, ScanTask, scan, scan_existing
+from vitscale.data_prep.scan import SCAN, ExistingTask, ScanTask, scan, scan_existing
 from vitscale.data_prep.sources import Source, open_source
 from vitscale.data_prep.storage import Folder, LocalFolder, open_folder, within
 from vitscale.data_prep.write import WriteTask, write
@@ -107,6 +107,11 @@ class _Job:
     @property
     def generation(self) -> int:
         return len(self.before.info["parts"]) if self.before else 0
+
+    @cached_property
+    def cuts(self) -> Layout:
+        """Where the samples are cut, once the stage dedup is complete."""
+        return _layout(self)
 
 
 @dataclass(frozen=True)
@@ -217,21 +222,20 @@ def _bucket_tasks(job: _Job, marker: str) -> dict[str, Any]:
 
 
 def _write_tasks(job: _Job) -> dict[str, Any]:
-    cuts = _layout(job)
     taken = [
         re.fullmatch(rf"{job.config.split}-(\d+)\.tar", entry.name)
         for entry in (job.before.shards if job.before else ())
     ]
     first = max((int(name[1]) + 1 for name in taken if name), default=0)  # tars that were indexed have other numbers
     tasks = {}
-    for number, (start, stop) in enumerate(zip(cuts.shards[:-1], cuts.shards[1:], strict=True)):
+    for number, (start, stop) in enumerate(pairwise(job.cuts.shards)):
         name = f"{job.config.split}-{first + number:06d}.tar"
         place = job.source.folder, job.work, job.out, name, number
-        tasks[f"shards/{number:06d}.parquet"] = WriteTask(*place, cuts.buckets, start, stop)
+        tasks[f"shards/{number:06d}.parquet"] = WriteTask(*place, job.cuts.buckets, start, stop)
     return tasks
 
 
-def _layout(job: _Job) -> Any:
+def _layout(job: _Job) -> Layout:
     cuts = layout(job.work, job.buckets, job.config.shard_samples, job.config.shard_mb * 10**6)
     if not cuts.shards[-1] and not job.before:
         reason = next(iter(_first_reasons(job)), "it is empty")
@@ -245,8 +249,6 @@ def _layout(job: _Job) -> Any:
 
 
 def _first_reasons(job: _Job) -> Iterator[str]:
-    from vitscale.data_prep.scan import SCAN
-
     for number in range(len(job.source.chunks)):
         reasons = read_table(job.work, f"scan/{number:04d}.parquet", SCAN)["reason"]
         yield from (reason for reason in reasons.to_pylist() if reason)
@@ -337,8 +339,7 @@ def _publish(job: _Job) -> dict[str, Any]:
     entries = [*old, *new]
     suffix = f"-{job.generation}" if job.before else ""
     index = INDEX_FILE.replace(".", f"{suffix}.")
-    columns = [[getattr(entry, name) for entry in entries] for name in ("name", "samples", "bytes", "sha256")]
-    write_table(job.out, index, pa.table(columns, schema=INDEX))
+    write_index(job.out, index, entries)
     with job.out.publish(REJECTED_FILE.replace(".", f"{suffix}.")) as file:
         file.write(b'"name","status","reason"\n')
         for number in range(len(job.source.chunks)):

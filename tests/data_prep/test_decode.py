@@ -293,7 +293,7 @@ def test_any_changed_byte_of_a_png_is_refused(picture, encode) -> None:
     for position in range(len(data)):
         damaged = bytearray(data)
         damaged[position] ^= 0x10
-        reason_of(bytes(damaged))
+        assert reason_of(bytes(damaged)), position
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
