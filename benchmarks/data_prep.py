@@ -29,7 +29,6 @@ from typing import Any
 
 import cv2
 import simplejpeg
-from webdataset.writer import ShardWriter
 
 from vitscale.data_prep.config import ResizeConfig, ShardConfig
 from vitscale.data_prep.shard import shard
@@ -69,6 +68,8 @@ def on_cores(work: Callable[[list[Path]], None], files: list[Path]) -> None:
 
 def write_tars(files: list[Path], out: Path) -> None:
     """webdataset's own writer, in a loop."""
+    from webdataset.writer import ShardWriter  # here, as worker processes would import it again
+
     out.mkdir()
     with ShardWriter(str(out / "%06d.tar"), maxcount=1000, verbose=0) as writer:
         for number, file in enumerate(files):

@@ -14,8 +14,8 @@ goes through Pillow.
 
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
 
+import cv2
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -34,6 +34,7 @@ _UPRIGHT = {  # EXIF orientation → the transposition that undoes it; EXIF 2.3,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LONGEST = {"jpeg": 65_500, "webp": 16_383}  # pixels a side that the encoders of libjpeg and libwebp take
 _CONVERTIBLE = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"}
 _CONVERTIBLE_ALPHA = {"LA", "PA", "RGBA", "RGBa"}
 
@@ -69,9 +70,13 @@ def decode_plain_jpeg(
     """Decode a JPEG, as it lies in the file, to uint8 (H, W, C); None if Pillow should try. Pixels are not turned.
 
     `colorspace` is RGB, or GRAY, which skips colour and looks at all bytes all the same. With `least` (height, width)
-    the picture may be scaled down in the decoder, to no less. Raises `ImageRejected`.
+    the picture may be halved in the decoder, up to three times, to no less. Raises `ImageRejected`.
     """
     check_pixels(width, height, max_pixels)
+    parts = next(
+        (parts for parts in (8, 4, 2) if -(-height // parts) >= least[0] and -(-width // parts) >= least[1]), 1
+    )
+    least = (-(-height // parts), -(-width // parts)) if any(least) else (0, 0)  # other eighths take longer than none
     try:
         return simplejpeg.decode_jpeg(data, colorspace, min_height=least[0], min_width=least[1])
     except ValueError as error:
@@ -110,13 +115,16 @@ def encode(rgb: np.ndarray, format: str = "jpeg", quality: int = 95) -> bytes:
     """Encode uint8 (H, W, 3) as `jpeg`, or without loss as `png` or `webp`.
 
     A JPEG is baseline, its colour at full resolution (4:4:4) from quality 95 on, else 4:2:0. The same pixels, settings
-    and library versions give the same bytes.
+    and library versions give the same bytes. Raises `ImageRejected` for a side longer than the format allows.
     """
-    options: dict[str, Any] = {"jpeg": {"quality": quality, "subsampling": "4:4:4" if quality >= 95 else "4:2:0"}}
-    options["webp"] = {"lossless": True}
+    if max(rgb.shape[:2]) > (longest := _LONGEST.get(format, max(rgb.shape[:2]))):
+        raise ImageRejected(f"unsupported: {max(rgb.shape[:2])} px a side, of which {format} takes {longest}")
+    if format == "jpeg":  # the bytes of Pillow's, sooner; simplejpeg takes a coarser DCT, 0.4 dB at quality 95
+        sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444 if quality >= 95 else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
+        options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
+        return cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)[1].tobytes()
     buffer = BytesIO()
-    # not by simplejpeg, which takes a faster, coarser DCT: 0.4 dB at quality 95
-    Image.fromarray(rgb).save(buffer, format.upper(), **options.get(format, {}))
+    Image.fromarray(rgb).save(buffer, format.upper(), lossless=True)
     return buffer.getvalue()
 
 

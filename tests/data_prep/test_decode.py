@@ -357,3 +357,20 @@ def test_encoding_without_loss(picture, format: str) -> None:
     data = decode.encode(picture(), format, 10)
     assert inspect(data).format == format.upper()
     np.testing.assert_array_equal(decode_rgb(data), picture())
+
+
+@pytest.mark.parametrize(("format", "longest"), [("jpeg", 65_500), ("webp", 16_383)])
+def test_a_side_too_long_for_the_format_is_refused(format: str, longest: int) -> None:
+    assert inspect(decode.encode(np.zeros((1, longest, 3), np.uint8), format)).format == format.upper()
+    with pytest.raises(ImageRejected, match=f"unsupported: {longest + 1} px a side, of which {format} takes {longest}"):
+        decode.encode(np.zeros((longest + 1, 1, 3), np.uint8), format)
+
+
+@pytest.mark.parametrize(
+    ("least", "expected"), [((0, 0), (90, 150)), ((40, 40), (45, 75)), ((46, 40), (90, 150)), ((1, 1), (12, 19))]
+)
+def test_a_jpeg_is_halved_to_no_less_than_asked_for(least: tuple[int, int], expected: tuple[int, int]) -> None:
+    data = decode.encode(np.zeros((90, 150, 3), np.uint8))
+    pixels = decode_plain_jpeg(data, 150, 90, 10**6, "RGB", least)
+    assert pixels is not None
+    assert pixels.shape[:2] == expected
