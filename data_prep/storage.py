@@ -3,6 +3,7 @@
 Names within a folder are relative, with `/`; none leads out of it. A published file appears whole or not at all.
 """
 
+import io
 import os
 import shutil
 import tempfile
@@ -22,7 +23,8 @@ REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "hdfs")  # what the data itsel
 
 
 class Folder(Protocol):
-    """A place for files. All methods raise OSError where the place refuses."""
+    """A place for files. All methods raise OSError where the place refuses; `read` and `open` raise `UserError`
+    (storage) where an object store does not answer, as that says nothing about the file."""
 
     @property
     def url(self) -> str: ...
@@ -139,20 +141,19 @@ class RemoteFolder:
     url: str
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        end = None if length is None else offset + length
-        try:
-            with _os_errors():
-                return b"" if length == 0 else self._fs.cat_file(self._place(name), start=offset or None, end=end)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            if (size := self.size(name)) is not None and offset >= size:  # stores refuse to read nothing
-                return b""
-            raise
+        place, end = self._place(name), None if length is None else offset + length
+        with _answered(self.url):
+            try:
+                return b"" if length == 0 else self._fs.cat_file(place, start=offset or None, end=end)
+            except OSError:
+                if (size := self.size(name)) is not None and offset >= size:  # stores refuse to read nothing
+                    return b""
+                raise
 
     def open(self, name: str) -> BinaryIO:
-        with _os_errors():
-            return self._fs.open(self._place(name), "rb")
+        place = self._place(name)
+        with _answered(self.url):
+            return io.BufferedReader(_RemoteFile(self.url, self._fs.open(place, "rb")))
 
     def open_arrow(self, name: str) -> pa.NativeFile:
         return pa.PythonFile(self.open(name), "r")
@@ -207,6 +208,35 @@ class RemoteFolder:
         return f"{self.url}/{_checked(name)}".rstrip("/")
 
 
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec's, with errors as a folder has them."""
+
+    def __init__(self, url: str, file: Any) -> None:
+        self._url, self._file = url, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _answered(self._url):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def within(folder: Folder, name: str) -> Folder:
     """The folder of that name in a folder."""
     return replace(folder, url=f"{folder.url}/{_checked(name)}")  # pyright: ignore[reportArgumentType, reportReturnType]
@@ -229,6 +259,18 @@ def _os_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+@contextmanager
+def _answered(url: str) -> Iterator[None]:
+    """What is not there or not allowed is an OSError. All else may be otherwise the next time, and is the user's."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        got = f"{url} ({' '.join(f'{type(error).__name__}: {error}'.split())})"
+        raise UserError("storage", got, "an object store that answers", "Run again, to go on from here.") from error
 
 
 def _checked(name: str) -> str:

@@ -113,7 +113,7 @@ def _trained(
             raise ValueError(f"{len(classes)} class names for {model.num_classes} outputs")
         if preprocess.img_size != model.img_size:
             raise ValueError(f"preprocessing to {preprocess.img_size} px for a model of {model.img_size} px")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             setting, f"{folder}: {error!r}", "architecture, classes and preprocessing", "Use another one."
         ) from error

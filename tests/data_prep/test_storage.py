@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import boto3
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from vitscale.data_prep.config import DedupConfig, ShardConfig
 from vitscale.data_prep.index import index
 from vitscale.data_prep.manifest import read_dataset
 from vitscale.data_prep.shard import STAGES, Part, shard
-from vitscale.data_prep.storage import LocalFolder, RemoteFolder, open_folder, within
+from vitscale.data_prep.sources import open_source
+from vitscale.data_prep.storage import LocalFolder, RemoteFolder, file_system, open_folder, within
 from vitscale.data_prep.verify import verify
 from vitscale.data_prep.write import read_bytes
 from vitscale.errors import UserError
@@ -100,9 +102,9 @@ def test_a_file_that_took_the_place_of_one_read_before(tmp_path: Path) -> None:
         assert read_bytes(folder, "x.bin", 0, 3) == content
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Any]:
-    """An empty bucket, `bucket`, of a server on this machine that speaks S3; processes find it by the environment."""
+@contextmanager
+def object_store() -> Iterator[tuple[ThreadedMotoServer, Any]]:
+    """A server on this machine that speaks S3, with the bucket `bucket`; processes find it by the environment."""
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -117,8 +119,20 @@ def bucket() -> Iterator[Any]:
             patch.setenv(name, value)
         client = boto3.client("s3")
         client.create_bucket(Bucket="bucket")
+        yield server, client
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Any]:
+    with object_store() as (server, client):
         yield client
     server.stop()
+
+
+def forget_clients() -> None:
+    """fsspec keeps them, each for the server that it was made for."""
+    S3FileSystem.clear_instance_cache()
+    file_system.cache_clear()
 
 
 def upload(client: Any, folder: Path, prefix: str) -> None:
@@ -256,3 +270,23 @@ def test_a_store_that_does_not_answer(vitscale, tmp_path: Path) -> None:
     assert said.returncode == 2
     assert "SOURCE: got s3://bucket/in (EndpointConnectionError: Could not connect" in said.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_a_store_that_stops_to_answer_is_no_fault_of_the_images(make_folder, tmp_path: Path, monkeypatch) -> None:
+    source = make_folder(each=3)
+    shard(str(source), str(tmp_path / "tars"), CONFIG)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    forget_clients()
+    try:
+        with object_store() as (server, client):
+            upload(client, source, "images")
+            upload(client, tmp_path / "tars", "tars")
+            listed = [open_source("s3://bucket/images"), open_source("s3://bucket/tars/*.tar")]
+            assert {item.problem for each in listed for item in each.chunks[0].read(each.folder)} == {""}
+            server.stop()
+            for each in listed:
+                with pytest.raises(UserError, match="expected an object store that answers") as error:
+                    list(each.chunks[0].read(each.folder))
+                assert error.value.setting == "storage"
+    finally:
+        forget_clients()
