@@ -250,6 +250,9 @@ def file_system(scheme: str) -> Any:
     return fsspec.filesystem(scheme)
 
 
+os.register_at_fork(after_in_child=file_system.cache_clear)  # clients do not outlive a fork
+
+
 @contextmanager
 def _os_errors() -> Iterator[None]:
     """Object stores' own errors as OSError."""

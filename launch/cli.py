@@ -173,7 +173,7 @@ def _train(name: str, recipe: str, overrides: list[str], nproc: int) -> None:
         from vitscale.pipeline.planner import plan
         from vitscale.pipeline.train import train
 
-        train(plan(config, world.size), world)
+        train(plan(config, world.size, check_files=world.main), world)
 
     def check() -> None:
         from vitscale.pipeline.planner import plan
@@ -280,6 +280,29 @@ def report(
     path = Path(out) if out else Path(runs[-1]) / "report.html"
     write_report([Path(run) for run in runs], path, commands)
     say(str(path))
+
+
+@app.command()
+@stage
+def audit(
+    run_a: Annotated[str, typer.Argument(help="Folder of a run.")],
+    run_b: Annotated[str, typer.Argument(help="Folder of another.")],
+    debug: Debug = False,
+) -> None:
+    """Whether two runs saw the same images, step by step, and if not, where they first differ (exit code 1).
+
+    Example: `vitscale audit runs/a runs/b`
+    """
+    from vitscale.pipeline.audit import compare
+    from vitscale.pipeline.console import count, say
+
+    found = compare(run_a, run_b)
+    say(f"{count(found.steps, 'step')} in common, {found.first} to {found.last}")
+    if found.differs is None:
+        say("the same images in each of them")
+    else:
+        say(f"the images of step {found.differs} differ")
+        raise typer.Exit(1)
 
 
 @recipe_app.command("list")

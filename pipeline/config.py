@@ -58,14 +58,46 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`data:` – folders that `vitscale shard` wrote, and loader processes per rank (0: load in the rank itself)."""
+    """`data:` – folders that `vitscale shard` wrote, and loader processes per rank (0: load in the rank itself).
 
-    train: str = ""
+    `train`: a folder, or a list of `{path: FOLDER, weight: SHARE}` to mix. The order of an epoch deals the shards to
+    `streams` and shuffles within `window` samples of each: so many samples are in use at a time, which bounds what has
+    to be held. `cache`: a folder on a local disk for shards out of an object store, up to `cache_gb` GB of them.
+    `on_error`: `stop` at a sample that cannot be read, or `skip` to take the next one instead, and count it.
+    """
+
+    train: Any = ""
     val: str = ""
     workers: int = 2
+    streams: int = 16
+    window: int = 16384
+    on_error: str = "stop"
+    cache: str = ""
+    cache_gb: float = 100.0
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, "data.workers", self.workers, "at least 0 processes", "Set it to 2, say.")
+        require_choice("data.on_error", self.on_error, ("stop", "skip"))
+        for key in ("streams", "window"):
+            value = getattr(self, key)
+            require(0 < value < 2**40, f"data.{key}", value, "at least 1", "Leave it at its default.")
+        require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "a number of GB above 0", "100, say.")
+        _ = self.mixture
+
+    @property
+    def mixture(self) -> list[tuple[str, float]]:
+        """Path and weight of each dataset of `train`; none where it is empty."""
+        expected = "a folder, or a list of {path: FOLDER, weight: SHARE}"
+        remedy = "For one folder: data.train=FOLDER."
+        if isinstance(self.train, str):
+            return [(self.train, 1.0)] if self.train else []
+        sets = self.train if isinstance(self.train, list) else [None]
+        for each in sets:
+            sound = isinstance(each, dict) and set(each) <= {"path", "weight"} and isinstance(each.get("path"), str)
+            weight = each.get("weight", 1.0) if isinstance(each, dict) else None
+            sound = sound and isinstance(weight, int | float) and 0 < weight < float("inf")
+            require(sound and bool(each["path"]), "data.train", self.train, expected, remedy)
+        return [(each["path"], float(each.get("weight", 1.0))) for each in sets]
 
 
 @dataclass(frozen=True)
@@ -75,6 +107,11 @@ class AugmentConfig:
     `crop`: `resized` takes a random part of `scale_min` to 1 of the area and resizes it (Szegedy et al. 2015);
     `shift` resizes the whole image and moves it by up to `shift` of the side, edges repeated; `none` only resizes.
     `flip` mirrors every second image. `eval_crop` is the share of the shorter side kept in evaluation.
+
+    Then, on the device: `randaugment_ops` operations an image at `randaugment_magnitude` of 10 (RandAugment, Cubuk et
+    al. 2020; DeiT: 2 at 9), a rectangle of noise with probability `erase` (Zhong et al. 2017; DeiT: 0.25), and pairs
+    mixed by λ ~ Beta(α, α), whole with α = `mixup` (Zhang et al. 2018; DeiT: 0.8) or a part with α = `cutmix` (Yun et
+    al. 2019; DeiT: 1); with both, either at random. 0 turns each off.
     """
 
     crop: str = "resized"
@@ -82,6 +119,11 @@ class AugmentConfig:
     shift: float = 0.125
     flip: bool = True
     eval_crop: float = 0.875
+    randaugment_ops: int = 0
+    randaugment_magnitude: float = 9.0
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         require_choice("augment.crop", self.crop, ("resized", "shift", "none"))
@@ -89,6 +131,18 @@ class AugmentConfig:
             value = getattr(self, key)
             require(0 < value <= 1, f"augment.{key}", value, "a share in (0, 1]", "1 keeps the whole image.")
         require(0 <= self.shift < 1, "augment.shift", self.shift, "a share in [0, 1)", "0.125 is 4 px of 32.")
+        ops, magnitude = self.randaugment_ops, self.randaugment_magnitude
+        require(ops >= 0, "augment.randaugment_ops", ops, "at least 0 operations", "Often 2.")
+        require(0 <= magnitude <= 10, "augment.randaugment_magnitude", magnitude, "from 0 to 10", "Often 9.")
+        require(0 <= self.erase <= 1, "augment.erase", self.erase, "a probability in [0, 1]", "Often 0.25.")
+        for key, usual in (("mixup", "0.2 or 0.8"), ("cutmix", "1")):
+            value = getattr(self, key)
+            require(0 <= value < 1e6, f"augment.{key}", value, "from 0 to 1e6", f"Often {usual}; 0 turns it off.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)

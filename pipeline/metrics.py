@@ -2,11 +2,15 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vitscale.data_prep.publish import publish_text
+from vitscale.pipeline.distributed import sum_over_ranks
 
 PLAIN_LINE_EVERY = 5.0  # seconds between lines where there is no terminal for a progress bar
 
@@ -26,9 +30,13 @@ class MetricsLog:
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, kind: str, **values: float) -> None:
-        """One row: `{"step": …, "kind": "train" | "eval", …}`; steps are counted from 1, when taken."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+    def write(self, step: int, kind: str, samples: Sequence[str] = (), **values: float) -> None:
+        """One row: `{"step": …, "kind": "train" | "eval", …}`; steps are counted from 1, when taken.
+
+        `samples` are digests of the global batches of the steps up to this one.
+        """
+        seen = {"samples": " ".join(samples)} if samples else {}
+        self._file.write(json.dumps({"step": step, "kind": kind, **values, **seen}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
@@ -66,6 +74,38 @@ class Timed:
             return next(self._batches)
         finally:
             self.waited += time.perf_counter() - began
+
+
+class Seen:
+    """Passes micro batches on, and keeps of each step a digest of the keys of its samples and of their rows.
+
+    The digest of a step is the sum, modulo 2^64, of the digests of its rows over all ranks: any number of ranks and
+    micro batches gives the same.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, Tensor]], accumulation: int) -> None:
+        self._batches, self._accumulation = batches, accumulation
+        self._taken: list[Tensor] = []
+        self._skipped: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        batch = next(self._batches)
+        self._taken.append(batch.pop("digest").sum())
+        self._skipped.append(batch.pop("skipped").sum())
+        return batch
+
+    def take(self) -> tuple[list[str], int]:
+        """Digests of the steps since the last call, in hexadecimal, and how many samples stood in for others.
+
+        All ranks call it together.
+        """
+        steps = torch.stack(self._taken).view(-1, self._accumulation).sum(dim=1)
+        *digests, skipped = sum_over_ranks(torch.cat([steps, torch.stack(self._skipped).sum()[None]])).tolist()
+        self._taken, self._skipped = [], []
+        return [f"{digest % 2**64:016x}" for digest in digests], skipped
 
 
 class Meter:

@@ -1,5 +1,6 @@
 """What a recipe comes to on its data, checked before any process is started."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from vitscale.pipeline.config import Config, flatten, to_dict
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.loader import LoaderSettings
-from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.data.order import Order
+from vitscale.pipeline.data.store import CacheSettings, Store
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.finetune import check_architecture
 from vitscale.pipeline.schedule import parse_duration
@@ -18,8 +20,8 @@ from vitscale.pipeline.weights import open_trained
 
 # settings that may change when a run goes on: they leave its samples and its mathematics alone
 HARMLESS = (
-    "run.dir", "run.log_every", "data.", "engine.device", "engine.zero_stage", "engine.micro_batch", "checkpoint.",
-    "eval.",
+    "run.dir", "run.log_every", "data.train", "data.val", "data.workers", "data.cache", "data.on_error",
+    "engine.device", "engine.zero_stage", "engine.micro_batch", "checkpoint.", "eval.",
 )  # fmt: skip
 
 
@@ -30,6 +32,8 @@ class Plan:
     config: Config
     loader: LoaderSettings
     train: Store
+    order: Order
+    fingerprint: str
     val: Store | None
     model: ViTConfig
     preprocess: Preprocess
@@ -45,17 +49,20 @@ class Plan:
         return Path(self.config.run.dir)
 
 
-def plan(config: Config, world_size: int) -> Plan:
-    """Check a recipe against its data, the number of ranks and the run's folder.
+def plan(config: Config, world_size: int, check_files: bool = True) -> Plan:
+    """Check a recipe against its data, the number of ranks and the run's folder; `check_files`: every shard is there.
 
     Raises `UserError` for all that can be known to fail: missing folders, sizes that do not fit, a folder that holds
     a run of another recipe or of other data.
     """
-    for setting, value in (("run.dir", config.run.dir), ("data.train", config.data.train)):
+    for setting, value in (("run.dir", config.run.dir), ("data.train", config.data.mixture)):
         if not value:
             raise UserError(setting, "nothing", "a folder", f"Add {setting}=PATH to the command.")
-    train = Store(config.data.train, "data.train")
-    val = Store(config.data.val, "data.val") if config.data.val else None
+    paths, weights = zip(*config.data.mixture, strict=True)
+    cache = CacheSettings(Path(config.data.cache), int(config.data.cache_gb * 1e9)) if config.data.cache else None
+    check = check_files and config.data.on_error == "stop"
+    train = Store(paths, "data.train", cache, check)
+    val = Store(config.data.val, "data.val", cache, check) if config.data.val else None
     if val:
         check_classes("data.val", val.classes, "data.train", train.classes)
     batch = config.train.global_batch
@@ -64,6 +71,21 @@ def plan(config: Config, world_size: int) -> Plan:
         raise UserError("train.global_batch", f"{batch} for {world_size} ranks", "at least one image a rank", remedy)
     if batch > len(train):
         raise UserError("train.global_batch", batch, f"at most the {len(train)} training images", "Lower it.")
+    train.check_cache(config.data.streams, int(config.data.cache_gb * 1e9))
+    unit = 2 if config.augment.mixes else 1
+    if config.engine.micro_batch < unit:
+        raise UserError("engine.micro_batch", config.engine.micro_batch, "at least the 2 images that mix", "Raise it.")
+    try:
+        sequence = Order(
+            train.sizes,
+            weights,
+            seed=config.run.seed,
+            streams=config.data.streams,
+            window=config.data.window,
+            size=batch,
+        )
+    except ValueError as error:
+        raise UserError("data.train", error, "at least one sample of each in a batch", "Raise its weight.") from error
     model = config.model.resolve(len(train.classes))
     lengths = {"samples": len(train), "global_batch": batch}
     steps = parse_duration(config.train.duration, "train.duration", **lengths)
@@ -73,14 +95,19 @@ def plan(config: Config, world_size: int) -> Plan:
     def within(setting: str, text: str) -> int:
         return parse_duration(text, setting, **lengths, total=steps)
 
-    resume, _ = find_resume(config, train.fingerprint)
+    fingerprint = train.fingerprint
+    if len(weights) > 1:
+        fingerprint = hashlib.sha256(f"{fingerprint} {weights}".encode()).hexdigest()
+    resume, _ = find_resume(config, fingerprint)
     if config.init_from and not resume:
         check_architecture(model, open_trained(config.init_from, "init_from"))
-    micro_batch = order.micro_batch_size(batch, world_size, config.engine.micro_batch)
+    micro_batch = order.micro_batch_size(batch, world_size, config.engine.micro_batch, unit)
     return Plan(
         config=config,
-        loader=LoaderSettings(micro_batch, config.data.workers),
+        loader=LoaderSettings(micro_batch, config.data.workers, unit == 2, config.data.on_error == "skip"),
         train=train,
+        order=sequence,
+        fingerprint=fingerprint,
         val=val,
         model=model,
         preprocess=Preprocess(model.img_size, config.augment.eval_crop),
@@ -109,6 +136,9 @@ def find_resume(config: Config, fingerprint: str, world: World | None = None) ->
         shown = ", ".join(f"{key}: {before.get(key)!r} → {now[key]!r}" for key in changed[:4])
         remedy = "Choose another run.dir, or undo these changes."
         raise UserError("run.dir", f"{newest} of another recipe ({shown})", "the recipe that began the run", remedy)
+    if state["dataset"].get("order") != order.VERSION:
+        got = f"{newest}, begun by a vitscale that went through the data in another order"
+        raise UserError("run.dir", got, "a run of this version", "Choose another run.dir, or use that vitscale.")
     if state["dataset"]["fingerprint"] != fingerprint:
         remedy = "Choose another run.dir, or give the data that it began with."
         raise UserError("data.train", f"{config.data.train}, not the data of {newest}", "the same samples", remedy)

@@ -13,12 +13,13 @@ from vitscale.pipeline import checkpoint
 from vitscale.pipeline.config import to_dict, to_yaml
 from vitscale.pipeline.console import OUT, progress, say
 from vitscale.pipeline.data import order
+from vitscale.pipeline.data.device_augment import DeviceAugment
 from vitscale.pipeline.data.loader import EvaluationView, TrainingView, evaluation_batches, training_batches
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.engine import Engine
 from vitscale.pipeline.evaluation.classification import classification
 from vitscale.pipeline.finetune import initialise_from
-from vitscale.pipeline.metrics import Meter, MetricsLog, Timed
+from vitscale.pipeline.metrics import Meter, MetricsLog, Seen, Timed
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.planner import Plan, find_resume
 from vitscale.pipeline.run_folder import run_lock, versions, write_environment, writing
@@ -29,7 +30,7 @@ from vitscale.pipeline.weights import describe, open_trained_alike
 def train(plan: Plan, world: World) -> None:
     """Train to the last step, going on from the newest sound checkpoint of the run. Every rank calls it."""
     with run_lock(plan.folder, world):
-        resume, warnings = find_resume(plan.config, plan.train.fingerprint, world)
+        resume, warnings = find_resume(plan.config, plan.fingerprint, world)
         first = checkpoint.read_state(resume)["step"] if resume else 0
         if world.main:
             for warning in warnings:
@@ -52,9 +53,9 @@ def run_steps(plan: Plan, world: World, engine: Engine, first: int, log: Metrics
     """Steps `first` to the last: gather this rank's micro batches, step, log, evaluate, save."""
     config, size = plan.config, plan.config.train.global_batch
     view = TrainingView(plan.model.img_size, config.augment, config.run.seed)
-    batches = Timed(training_batches(
-        plan.train, view, plan.loader, world, seed=config.run.seed, global_batch=size, steps=range(first, plan.steps)
-    ))  # fmt: skip
+    steps = range(first, plan.steps)
+    batches = Timed(training_batches(plan.train, plan.order, view, plan.loader, world, steps))
+    seen = Seen(batches, engine.accumulation)
     meter, text = Meter(batches, first), ""
     with progress("training", shown=world.main) as advance:
         for step in range(first, plan.steps):
@@ -63,10 +64,13 @@ def run_steps(plan: Plan, world: World, engine: Engine, first: int, log: Metrics
                 step, kind=config.schedule.kind, total=plan.steps, warmup=plan.warmup, cooldown=plan.cooldown,
                 timescale=config.schedule.timescale,
             )  # fmt: skip
-            means = engine.train_step(islice(batches, engine.accumulation), size, lr)
+            means = engine.train_step(islice(seen, engine.accumulation), size, lr)
             done = step + 1
-            if due(done, config.run.log_every, plan.steps) and log:
-                text = write_row(plan, log, done, {**means, "lr": lr, **meter.read(done, size)}, meter)
+            if due(done, config.run.log_every, plan.steps) or due(done, plan.save_every, plan.steps):
+                samples, skipped = seen.take()
+                if log:
+                    row = {**means, "lr": lr, **meter.read(done, size), "skipped": skipped}
+                    text = write_row(plan, log, done, row, samples, meter)
             advance(done, plan.steps, text)
             if plan.val and due(done, plan.eval_every, plan.steps):
                 values = evaluate(plan, world, engine)
@@ -96,9 +100,10 @@ def build_engine(plan: Plan, world: World, resume: Path | None) -> Engine:
         notes = initialise_from(network, open_trained_alike(config.init_from, "init_from"))
         for note in notes if world.main else []:
             say(note)
-    objective = Supervised(network, plan.preprocess, config.objective.label_smoothing)
+    augment = DeviceAugment(config.augment, config.run.seed, plan.model.num_classes)
+    objective = Supervised(network, plan.preprocess, config.objective.label_smoothing, augment)
     micro_batch = plan.loader.micro_batch
-    accumulation = order.accumulation(config.train.global_batch, world.size, micro_batch)
+    accumulation = order.accumulation(config.train.global_batch, world.size, micro_batch, plan.loader.unit)
     engine = Engine(objective, replace(config.engine, micro_batch=micro_batch), config.optim, world, accumulation)
     if resume:
         checkpoint.restore(reader, engine, checkpoint.read_state(resume)["step"])
@@ -121,7 +126,7 @@ def state(plan: Plan, world: World, step: int) -> dict[str, Any]:
         "step": step,
         "examples": step * config.train.global_batch,
         **describe(plan.model, plan.train.classes, plan.preprocess),
-        "dataset": {"fingerprint": plan.train.fingerprint, "samples": len(plan.train)},
+        "dataset": {"fingerprint": plan.fingerprint, "samples": len(plan.train), "order": order.VERSION},
         "world_size": world.size,
         "zero_stage": config.engine.zero_stage,
         "recipe": to_dict(config),
@@ -132,12 +137,13 @@ def state(plan: Plan, world: World, step: int) -> dict[str, Any]:
 def announce(plan: Plan, world: World, resume: Path | None, first: int) -> None:
     """Say what is about to happen, in a few lines."""
     config, model = plan.config, plan.model
-    epoch_steps = len(plan.train) // config.train.global_batch
-    say(f"{len(plan.train):,} images, {model.num_classes} classes: {config.data.train}")
+    epoch_steps, left_out = divmod(len(plan.train), config.train.global_batch)
+    sets = ", ".join(path for path, _ in config.data.mixture)
+    say(f"{len(plan.train):,} images, {model.num_classes} classes: {sets}")
     say(
         f"{config.model.name}: {model.img_size} px, patch {model.patch_size}, width {model.width}, depth {model.depth};"
         f" {plan.steps} steps of {config.train.global_batch} images, {epoch_steps} steps an epoch"
-        f" ({len(plan.train) % config.train.global_batch} images of each epoch left out, other ones each time)"
+        f" ({left_out} images of each epoch left out, other ones each time)"
     )
     say(f"{world.size} ranks on {world.device.type}, ZeRO-{config.engine.zero_stage}, {config.engine.dtype}")
     if resume:
@@ -152,10 +158,10 @@ def open_log(plan: Plan, world: World, first: int) -> MetricsLog:
         return MetricsLog(plan.folder, first)
 
 
-def write_row(plan: Plan, log: MetricsLog, done: int, row: dict[str, float], meter: Meter) -> str:
+def write_row(plan: Plan, log: MetricsLog, done: int, row: dict[str, float], samples: list[str], meter: Meter) -> str:
     """Log a row; returns it as text for the progress bar, and without a terminal prints it now and then."""
     with writing(plan.folder):
-        log.write(done, "train", **row)
+        log.write(done, "train", samples, **row)
     text = (
         f"loss {row['loss']:.4f}  top-1 {row['top1']:.1%}  lr {row['lr']:.2e}  {row['images_per_s']:,.0f} images/s"
         f"  data wait {row['data_wait']:.0%}"

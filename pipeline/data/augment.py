@@ -6,18 +6,23 @@ that they do not depend on the worker or the rank.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vitscale.data_prep.decode import MAX_PIXELS, decode_plain_jpeg, decode_rgb
+from vitscale.data_prep.integrity import image_format, jpeg_header
 from vitscale.pipeline.config import AugmentConfig
 from vitscale.pipeline.data.order import AUGMENT, random_words
 
 Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two excluded
 TRIES = 10  # for a random part with the wanted aspect that fits the image, as in torchvision
 
 
@@ -39,7 +44,9 @@ class Preprocess:
         height, width = rgb.shape[:2]
         side = min(height, width) * self.crop
         left, top = (width - side) / 2, (height - side) / 2
-        return _resize(rgb, (left, top, left + side, top + side), self.img_size)
+        box = (left, top, left + side, top + side)
+        image = Image.fromarray(rgb).resize((self.img_size, self.img_size), Image.Resampling.BICUBIC, box=box)
+        return np.asarray(image)
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,23 +56,51 @@ def normalise(pixels: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch
     return (pixels.float() * scale - shift).permute(0, 3, 1, 2).to(dtype)
 
 
-def training_view(rgb: Pixels, size: int, config: AugmentConfig, seed: int, epoch: int, key: str) -> Pixels:
-    """A random view (size, size, 3) of an image (Y, X, 3), a pure function of its arguments."""
-    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-    words = random_words(seed, AUGMENT, (number, epoch), 4 + 2 * TRIES)
+def training_view(data: bytes, size: int, config: AugmentConfig, seed: int, epoch: int, key: str) -> Pixels:
+    """A random view (size, size, 3) of an encoded image, a pure function of its arguments. Raises `ImageRejected`."""
+    words = random_words(seed, AUGMENT, (key_number(key) % 2**64, epoch), 4 + 2 * TRIES)
     uniform = (words >> np.uint64(11)) * 2.0**-53
     flip, draws = uniform[0] < 0.5, uniform[1:]
-    if config.crop == "resized":
-        view = _resize(rgb, _random_box(rgb.shape[0], rgb.shape[1], config.scale_min, draws), size)
-    else:
-        view = _resize(rgb, (0, 0, rgb.shape[1], rgb.shape[0]), size)
-        if config.crop == "shift":
-            view = _shift(view, config.shift, draws)
+
+    def part(height: int, width: int) -> Box:
+        random = config.crop == "resized"
+        return _random_box(height, width, config.scale_min, draws) if random else (0, 0, width, height)
+
+    view = _cut(*_decode(data, part, size), size)
+    if config.crop == "shift":
+        view = _shift(view, config.shift, draws)
     return np.ascontiguousarray(view[:, ::-1]) if config.flip and flip else view
 
 
-def _resize(rgb: Pixels, box: tuple[float, float, float, float], size: int) -> Pixels:
-    return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BICUBIC, box=box))
+def key_number(key: str) -> int:
+    """64 bits that stand for the key of a sample, as a signed number, which tensors hold."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _decode(data: bytes, part: Callable[[int, int], Box], size: int) -> tuple[Pixels, Box]:
+    """An image and, in its pixels, the part of it that `part(height, width)` names.
+
+    A JPEG is halved while it is decoded as long as this leaves the part `size` px a side: a quarter of the work.
+    """
+    header = jpeg_header(data) if image_format(data) == "JPEG" else None
+    if header and header.orientation == 1:
+        height, width = header.height, header.width
+        left, top, right, bottom = part(height, width)
+        least = math.ceil(height * size / (bottom - top)), math.ceil(width * size / (right - left))
+        rgb = decode_plain_jpeg(data, width, height, MAX_PIXELS, "RGB", least)
+        if rgb is not None:
+            down, across = rgb.shape[0] / height, rgb.shape[1] / width
+            return rgb, (round(left * across), round(top * down), round(right * across), round(bottom * down))
+    rgb = decode_rgb(data)
+    return rgb, part(*rgb.shape[:2])
+
+
+def _cut(rgb: Pixels, box: Box, size: int) -> Pixels:
+    """A part resized: averaged over areas where that makes it smaller, so that nothing aliases, else bicubic."""
+    left, top, right, bottom = box
+    part = rgb[top : max(bottom, top + 1), left : max(right, left + 1)]
+    smaller = min(part.shape[:2]) >= size
+    return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
 
 def _shift(view: Pixels, most: float, draws: NDArray[np.float64]) -> Pixels:
@@ -75,9 +110,7 @@ def _shift(view: Pixels, most: float, draws: NDArray[np.float64]) -> Pixels:
     return padded[top : top + len(view), left : left + len(view)]
 
 
-def _random_box(
-    height: int, width: int, scale_min: float, draws: NDArray[np.float64]
-) -> tuple[float, float, float, float]:
+def _random_box(height: int, width: int, scale_min: float, draws: NDArray[np.float64]) -> Box:
     """A part of `scale_min` to 1 of the area with an aspect of 3/4 to 4/3 (Szegedy et al. 2015); else the centre."""
     place_x, place_y, draws = draws[0], draws[1], draws[2:]
     for area_draw, aspect_draw in zip(draws[0::2], draws[1::2], strict=False):

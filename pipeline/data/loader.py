@@ -1,32 +1,53 @@
 """Batches for one rank: sample numbers from the order → views of images, by torch's DataLoader."""
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vitscale.data_prep.decode import ImageRejected, decode_rgb
 from vitscale.errors import UserError
 from vitscale.pipeline.config import AugmentConfig
 from vitscale.pipeline.data import order
-from vitscale.pipeline.data.augment import Pixels, Preprocess, training_view
-from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.data.augment import Pixels, Preprocess, key_number, training_view
+from vitscale.pipeline.data.order import Order
+from vitscale.pipeline.data.store import Sample, Store
 from vitscale.pipeline.distributed import World, die_with_parent
 
 Batch = dict[str, torch.Tensor]
-Request = tuple[int, int]  # sample number, epoch
-Row = tuple[Pixels, int, int]  # view, label, sample number
+AHEAD = 4  # micro batches that each worker has ready: images differ in the time they take
+LOOK_AHEAD = 500_000  # samples of the order whose shards are fetched ahead of their use
+LOOK_EVERY, LOOKS = 64, 32  # steps from one look ahead to the next, and batches that it looks at
+
+
+class Request(NamedTuple):
+    """A sample by number, in an epoch, for a row of the global batch."""
+
+    number: int
+    epoch: int
+    row: int
+
+
+class Row(NamedTuple):
+    """A row of a batch: a view of the sample `number`, which may stand in for the one that was asked for."""
+
+    view: Pixels
+    request: Request
+    sample: Sample
+    number: int
 
 
 class View(Protocol):
-    """How a decoded image becomes model input of `size` px a side. Picklable."""
+    """How an encoded image becomes model input of `size` px a side. Picklable. Raises `ImageRejected`."""
 
     @property
     def size(self) -> int: ...
-    def __call__(self, rgb: Pixels, epoch: int, key: str) -> Pixels: ...
+    def __call__(self, data: bytes, epoch: int, key: str) -> Pixels: ...
 
 
 @dataclass(frozen=True)
@@ -37,8 +58,8 @@ class TrainingView:
     augment: AugmentConfig
     seed: int
 
-    def __call__(self, rgb: Pixels, epoch: int, key: str) -> Pixels:
-        return training_view(rgb, self.size, self.augment, self.seed, epoch, key)
+    def __call__(self, data: bytes, epoch: int, key: str) -> Pixels:
+        return training_view(data, self.size, self.augment, self.seed, epoch, key)
 
 
 @dataclass(frozen=True)
@@ -51,63 +72,99 @@ class EvaluationView:
     def size(self) -> int:
         return self.preprocess.img_size
 
-    def __call__(self, rgb: Pixels, epoch: int, key: str) -> Pixels:
-        return self.preprocess.view(rgb)
+    def __call__(self, data: bytes, epoch: int, key: str) -> Pixels:
+        return self.preprocess.view(decode_rgb(data))
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """Images of a micro batch, and loader processes (0: load in the rank itself)."""
+    """Images of a micro batch, and loader processes (0: load in the rank itself).
+
+    `pairs` keeps rows 2i and 2i + 1 of a global batch together. With `skip` a sample that cannot be read is replaced by
+    the next one that can.
+    """
 
     micro_batch: int
     workers: int
+    pairs: bool = False
+    skip: bool = False
+
+    @property
+    def unit(self) -> int:
+        """Rows that stay together."""
+        return 2 if self.pairs else 1
 
 
 def training_batches(
-    store: Store, view: View, settings: LoaderSettings, world: World, *, seed: int, global_batch: int, steps: range
+    store: Store, plan: Order, view: View, settings: LoaderSettings, world: World, steps: range
 ) -> Iterator[Batch]:
     """This rank's micro batches of all `steps` in order, `order.accumulation(…)` of them a step."""
 
     def requests() -> Iterator[list[Request]]:
         for step in steps:
-            epoch, numbers = order.global_batch(len(store), seed, global_batch, step)
-            for micro in order.micro_batches(numbers, world.rank, world.size, settings.micro_batch):
-                yield [(int(number), epoch) for number in micro]
+            if store.remote and (step - steps.start) % LOOK_EVERY == 0:
+                last = min(steps.stop, step + max(2 * LOOK_EVERY, LOOK_AHEAD // plan.size))
+                looks = np.unique(np.linspace(step, last - 1, LOOKS).astype(int))
+                store.fetch_ahead(np.concatenate([plan.batch(int(look))[0] for look in looks]))
+            numbers, epochs = plan.batch(step)
+            rows = np.arange(len(numbers))
+            for micro in order.micro_batches(rows, world.rank, world.size, settings.micro_batch, settings.unit):
+                yield [Request(int(numbers[row]), int(epochs[row]), int(row)) for row in micro]
 
-    return _batches(store, view, requests(), settings, world)
+    return _batches(store, view, requests, settings, world)
 
 
 def evaluation_batches(store: Store, view: View, settings: LoaderSettings, world: World) -> Iterator[Batch]:
     """This rank's share of every sample once: as many batches on every rank, some of them padding alone."""
-    numbers = order.micro_batches(np.arange(len(store)), world.rank, world.size, settings.micro_batch)
-    return _batches(store, view, ([(int(n), 0) for n in micro] for micro in numbers), settings, world)
+    micros = order.micro_batches(np.arange(len(store)), world.rank, world.size, settings.micro_batch)
+
+    def requests() -> Iterator[list[Request]]:
+        for micro in micros:
+            yield [Request(int(number), 0, int(number)) for number in micro]
+
+    return _batches(store, view, requests, settings, world)
 
 
 class _Views(Dataset):
     """Map-style dataset of whole batches. A `UserError` is returned, not raised: workers would lose its text."""
 
-    def __init__(self, store: Store, view: View) -> None:
-        self.store, self.view = store, view
+    def __init__(self, store: Store, view: View, skip: bool) -> None:
+        self.store, self.view, self.skip = store, view, skip
 
     def __getitems__(self, requests: list[Request]) -> list[Row] | UserError:
         try:
-            return [self._row(number, epoch) for number, epoch in requests]
+            return [self._row(request) for request in requests]
         except UserError as error:
             return error
 
-    def _row(self, number: int, epoch: int) -> Row:
-        sample = self.store.read(number)
+    def _row(self, request: Request) -> Row:
+        number, samples = request.number, len(self.store)
+        while True:
+            try:
+                sample = self.store.read(number)
+                return Row(self._view(sample, request.epoch), request, sample, number)
+            except UserError:
+                number = (number + 1) % samples
+                if not self.skip or number == request.number:
+                    raise
+
+    def _view(self, sample: Sample, epoch: int) -> Pixels:
         try:
-            rgb = decode_rgb(sample.data)
+            return self.view(sample.data, epoch, sample.key)
         except ImageRejected as reason:
             where = f"{sample.key} in {sample.shard}: {reason}"
-            raise UserError("data", where, "an image", "Run `vitscale verify` on the dataset.") from reason
-        return self.view(rgb, epoch, sample.key), sample.label, number
+            remedy = "Run `vitscale verify` on the dataset, or go on without such images: data.on_error=skip."
+            raise UserError("data", where, "an image", remedy) from reason
 
 
 @dataclass(frozen=True)
 class _Collate:
-    """Rows → tensors of `rows` rows: `pixels` uint8 (B, Y, X, 3), `label`, `number`, and `weight` 0 where padded."""
+    """Rows → tensors of `rows` rows, padded: `pixels` uint8 (B, Y, X, 3), and per row
+
+    - `label`, `number` of the sample, `epoch`, `row` of the global batch (-1 where padded), `weight` (0 where padded)
+    - `key`, 64 bits that stand for the sample's key, and `digest`, for its key in this row
+    - `skipped`, 1 where the sample stands in for one that cannot be read
+    """
 
     rows: int
     size: int
@@ -115,33 +172,83 @@ class _Collate:
     def __call__(self, rows: list[Row] | UserError) -> Batch | UserError:
         if isinstance(rows, UserError):
             return rows
-        pixels = np.zeros((self.rows, self.size, self.size, 3), dtype=np.uint8)
-        label, number = np.zeros((2, self.rows), dtype=np.int64)
-        for i, row in enumerate(rows):
-            pixels[i], label[i], number[i] = row
-        weight = (np.arange(self.rows) < len(rows)).astype(np.float32)
-        arrays = {"pixels": pixels, "label": label, "number": number, "weight": weight}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        pixels = self._empty()
+        pixels[len(rows) :] = 0
+        array = pixels.numpy()
+        names = ("label", "number", "epoch", "row", "key", "digest", "skipped")
+        numbers = np.zeros((len(names), self.rows), dtype=np.int64)
+        numbers[3] = -1
+        for i, (view, request, sample, number) in enumerate(rows):
+            array[i] = view
+            skipped, key = number != request.number, key_number(sample.key)
+            digest = key_number(f"{request.row} {sample.key}")
+            numbers[:, i] = sample.label, number, request.epoch, request.row, key, digest, skipped
+        weight = torch.from_numpy((np.arange(self.rows) < len(rows)).astype(np.float32))
+        tensors = {name: torch.from_numpy(values) for name, values in zip(names, numbers, strict=True)}
+        return {"pixels": pixels, "weight": weight, **tensors}
+
+    def _empty(self) -> torch.Tensor:
+        """Memory for pixels; in a worker such as the rank has too, so that they are not copied again."""
+        shape = (self.rows, self.size, self.size, 3)
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        storage = torch.UntypedStorage._new_shared(self.rows * self.size * self.size * 3)
+        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-def _die_with_rank(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # not 1, which would wait for threads that a fork does not take along
     die_with_parent()
 
 
 def _batches(
-    store: Store, view: View, requests: Iterable[list[Request]], settings: LoaderSettings, world: World
+    store: Store, view: View, requests: Callable[[], Iterator[list[Request]]], settings: LoaderSettings, world: World
 ) -> Iterator[Batch]:
     cuda = world.device.type == "cuda"
     loader = DataLoader(
-        _Views(store, view),
-        batch_sampler=requests,  # pyright: ignore[reportArgumentType] (any iterable of lists will do)
+        _Views(store, view, settings.skip),
+        batch_sampler=requests(),  # pyright: ignore[reportArgumentType] (any iterable of lists will do)
         collate_fn=_Collate(settings.micro_batch, view.size),
         num_workers=settings.workers,
+        prefetch_factor=AHEAD if settings.workers else None,
         pin_memory=cuda,
-        worker_init_fn=_die_with_rank,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # its own: the global one belongs to the model's dropout
     )
-    for batch in loader:
+    try:
+        yield from _on_device(_sound(loader), world.device) if cuda else _sound(loader)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        got = f"{settings.workers}, of which one died ({' '.join(str(error).split())[:200]})"
+        remedy = "It may have run out of memory: try fewer workers. Run again to go on."
+        raise UserError("data.workers", got, "processes that live as long as the rank", remedy) from error
+
+
+def _sound(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    for batch in batches:
         if isinstance(batch, UserError):
             raise batch
-        yield {name: tensor.to(world.device, non_blocking=cuda) for name, tensor in batch.items()}
+        yield batch
+
+
+def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Each batch on a GPU, copied on a stream of its own while the one before it is worked on."""
+    copying = torch.cuda.Stream(device)
+    waiting: deque[tuple[Batch, torch.cuda.Event]] = deque()
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            waiting.append((moved, copying.record_event()))
+        if len(waiting) > 1:
+            yield _arrived(*waiting.popleft())
+    while waiting:
+        yield _arrived(*waiting.popleft())
+
+
+def _arrived(batch: Batch, copied: "torch.cuda.Event") -> Batch:
+    current = torch.cuda.current_stream()
+    current.wait_event(copied)
+    for tensor in batch.values():
+        tensor.record_stream(current)  # its memory is not used again before this stream is done with it
+    return batch

@@ -1,7 +1,11 @@
-"""Random access to the samples of a dataset: bytes by sample number, read by offset from its tars."""
+"""Random access to the samples of datasets: bytes by sample number, read by offset from their tars."""
 
+import errno
+import hashlib
 import os
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +14,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vitscale.data_prep.manifest import ShardSamples, read_dataset, read_samples
+from vitscale.data_prep.manifest import Dataset, ShardEntry, ShardSamples, read_dataset, read_samples
 from vitscale.data_prep.storage import LocalFolder
 from vitscale.errors import UserError
+from vitscale.pipeline.data.cache import ShardCache
 
 OPEN_FILES = 256  # in each process; soft limits of 1,024 are common
+HELD_SAMPLES = 2_000_000  # of sidecars that each process keeps, at about 50 bytes
+ATTEMPTS, FIRST_DELAY = 3, 0.5  # to read a sample, and seconds before the second one; they double
+PAUSE = 60.0  # seconds in which a shard that could not be read is not tried again
 
 
 @dataclass(frozen=True)
@@ -27,85 +35,186 @@ class Sample:
     shard: str
 
 
-class Store:
-    """The samples 0 … len - 1 of a folder that `vitscale shard` wrote, in the order of its shards.
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where shards out of an object store are held, and up to how many bytes of them."""
 
-    Files and sidecars are opened when first read, in each process anew; the last `OPEN_FILES` tars stay open, and
-    sidecars stay in memory (about 50 bytes a sample). Raises `UserError` naming `setting` for a
-    folder that is missing, incomplete or damaged.
+    folder: Path
+    limit: int
+
+
+class Store:
+    """The samples 0 … len - 1 of folders that `vitscale shard` wrote, one folder after the other, in order of shards.
+
+    Sidecars are read when first needed, in each process anew; the last used tars stay open (`OPEN_FILES`), the last
+    used sidecars in memory (`HELD_SAMPLES`). Shards in an object store are held on a local disk as `cache` says.
+    `check` makes sure now that every shard is there. Raises `UserError` naming `setting` for a folder that is missing,
+    incomplete or damaged, and for folders whose classes differ.
     """
 
-    def __init__(self, path: str, setting: str) -> None:
-        self._dataset, self._setting = read_dataset(path, setting), setting
-        if not isinstance(self._dataset.folder, LocalFolder):
-            raise UserError(setting, path, "a folder of a local or network file system", "Copy the dataset there.")
-        if self._dataset.labelled != "class":
-            got = f"{path}, whose labels are of the kind {self._dataset.labelled}"
-            raise UserError(setting, got, "a dataset with one class label an image", "Shard a source that has them.")
-        self._folder = self._dataset.folder
-        self._ends = np.cumsum([shard.samples for shard in self._dataset.shards])
+    def __init__(
+        self, paths: str | Sequence[str], setting: str, cache: CacheSettings | None = None, check: bool = True
+    ) -> None:
+        self._setting = setting
+        paths = [paths] if isinstance(paths, str) else list(paths)
+        self._datasets = [read_dataset(path, setting, check_files=check) for path in paths]
+        for path, dataset in zip(paths, self._datasets, strict=True):
+            if dataset.labelled != "class":
+                got = f"{path}, whose labels are of the kind {dataset.labelled}"
+                raise UserError(
+                    setting, got, "a dataset with one class label an image", "Shard a source that has them."
+                )
+            if dataset.classes != self._datasets[0].classes:
+                got = f"{path}, with other classes than {paths[0]}"
+                raise UserError(
+                    setting, got, "datasets of the same classes, in the same order", "Train on one of them."
+                )
+        self._shards = [(dataset, shard) for dataset in self._datasets for shard in dataset.shards]
+        self._ends = np.cumsum([shard.samples for _, shard in self._shards])
+        self._caches = [_cache(dataset, cache, setting) for dataset in self._datasets]
         self._files: OrderedDict[int, int] = OrderedDict()  # shard → descriptor, the last used at the end
-        self._sidecars: dict[int, ShardSamples] = {}
+        self._sidecars: OrderedDict[int, ShardSamples] = OrderedDict()
+        self._broken: dict[int, tuple[float, UserError]] = {}  # shards that could not be read, and when
 
     def __len__(self) -> int:
-        return self._dataset.samples
+        return int(self._ends[-1])
 
     @property
-    def path(self) -> Path:
-        """The dataset's folder."""
-        return self._folder.path
+    def sizes(self) -> list[np.ndarray]:
+        """Of each dataset, the samples of its shards."""
+        return [np.array([shard.samples for shard in dataset.shards]) for dataset in self._datasets]
 
     @property
+    def remote(self) -> bool:
+        """Whether shards come out of an object store."""
+        return any(self._caches)
+
+    def check_cache(self, streams: int, limit: int) -> None:
+        """Raise `UserError` where a cache of `limit` bytes cannot hold a shard of every stream."""
+        need = streams * max(shard.bytes for _, shard in self._shards)
+        if self.remote and limit < need:
+            got, expected = f"{limit / 1e9:g}", f"{need / 1e9:g} for {streams} streams, and room for the coming shards"
+            raise UserError("data.cache_gb", got, expected, "Raise it, or lower data.streams.")
+
+    @property
+    def name(self) -> str:
+        """Last component of the first folder's path."""
+        return self._datasets[0].folder.url.rsplit("/", 1)[-1]
+
+    @cached_property
     def fingerprint(self) -> str:
         """Digest of the samples and their order."""
-        return self._dataset.fingerprint
+        prints = [dataset.fingerprint for dataset in self._datasets]
+        return prints[0] if len(prints) == 1 else hashlib.sha256(" ".join(prints).encode()).hexdigest()
 
     @cached_property
     def classes(self) -> list[str]:
         """Class names in the order of labels."""
-        return list(self._dataset.classes)
+        return list(self._datasets[0].classes)
 
     def describe(self) -> dict[str, Any]:
         """Path, split, samples and fingerprint, for results."""
+        first = self._datasets[0]
         return {
-            "path": str(self.path), "split": self._dataset.split, "samples": len(self), "fingerprint": self.fingerprint
+            "path": first.folder.url, "split": first.split, "samples": len(self), "fingerprint": self.fingerprint
         }  # fmt: skip
 
     def read(self, number: int) -> Sample:
-        """Read one sample. Raises `UserError` naming the shard if it has changed or cannot be read."""
+        """Read one sample, trying `ATTEMPTS` times. Raises `UserError` naming the shard that cannot be read."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        row = number - int(self._ends[shard - 1]) if shard else number
-        name = self._dataset.shards[shard].name
-        try:
-            sidecar, file = self._open(shard)
-            length = int(sidecar.lengths[row])
-            data = os.pread(file, length, int(sidecar.offsets[row]))
-        except (OSError, pa.ArrowException, IndexError) as error:
-            raise self._unreadable(name, str(error)) from error
+        row = number - int(self._ends[shard]) + self._shards[shard][1].samples
+        if shard in self._broken and time.monotonic() - self._broken[shard][0] < PAUSE:
+            raise self._broken[shard][1]
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._read(shard, row)
+            except (OSError, pa.ArrowException, IndexError) as error:
+                self._forget(shard)  # a network file system may have another file by now
+                problem = str(error)
+                if isinstance(error, IndexError) or attempt == ATTEMPTS - 1:
+                    break
+                time.sleep(FIRST_DELAY * 2**attempt)
+            except UserError as error:  # of the cache, which has tried often enough
+                self._broken[shard] = time.monotonic(), error
+                raise
+        self._broken[shard] = time.monotonic(), self._unreadable(shard, problem)
+        raise self._broken[shard][1]
+
+    def fetch_ahead(self, numbers: np.ndarray) -> None:
+        """Have the shards of these samples, the next ones in this order, fetched from their object store."""
+        places = np.searchsorted(self._ends, numbers, side="right")
+        _, first = np.unique(places, return_index=True)
+        coming = [self._shards[place] for place in places[np.sort(first)]]
+        for dataset, cache in zip(self._datasets, self._caches, strict=True):
+            if cache:
+                cache.fetch_ahead([shard for of, shard in coming if of is dataset])
+
+    def close(self) -> None:
+        """Close all files, and stop fetching ahead."""
+        for cache in self._caches:
+            if cache:
+                cache.close()
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _read(self, shard: int, row: int) -> Sample:
+        sidecar, file = self._open(shard)
+        length = int(sidecar.lengths[row])
+        data = os.pread(file, length, int(sidecar.offsets[row]))
         if len(data) != length:
-            raise self._unreadable(name, f"{len(data)} of {length} bytes of a sample")
-        return Sample(data, int(sidecar.labels[row]), sidecar.keys[row].decode(), name)
+            raise OSError(errno.EIO, f"{len(data)} of {length} bytes of a sample")
+        return Sample(data, int(sidecar.labels[row]), sidecar.keys[row].decode(), self._shards[shard][1].name)
 
     def _open(self, shard: int) -> tuple[ShardSamples, int]:
-        name = self._dataset.shards[shard].name
         if shard not in self._sidecars:
-            self._sidecars[shard] = self._read_sidecar(name)
+            sidecar = self._read_sidecar(shard)
+            held = len(sidecar.labels) + sum(len(other.labels) for other in self._sidecars.values())
+            while self._sidecars and held > HELD_SAMPLES:
+                held -= len(self._sidecars.popitem(last=False)[1].labels)
+            self._sidecars[shard] = sidecar
         if shard not in self._files:
             if len(self._files) == OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+            self._files[shard] = self._open_file(*self._shards[shard])
         self._files.move_to_end(shard)
+        self._sidecars.move_to_end(shard)
         return self._sidecars[shard], self._files[shard]
 
-    def _read_sidecar(self, name: str) -> ShardSamples:
-        samples = read_samples(self._folder, name)
+    def _open_file(self, dataset: Dataset, shard: ShardEntry) -> int:
+        cache = next(cache for of, cache in zip(self._datasets, self._caches, strict=True) if of is dataset)
+        if cache is None:
+            return os.open(f"{dataset.folder.url}/{shard.name}", os.O_RDONLY | os.O_CLOEXEC)
+        for other, file in list(self._files.items()):
+            if os.fstat(file).st_nlink == 0:  # the cache gave its place to another, which it takes until it is closed
+                os.close(self._files.pop(other))
+        return cache.open(shard)
+
+    def _read_sidecar(self, shard: int) -> ShardSamples:
+        dataset, entry = self._shards[shard]
+        samples = read_samples(dataset.folder, entry.name)
         fits = (samples.labels >= 0) & (samples.labels < len(self.classes)) & (samples.lengths >= 0)
-        if not (fits & (samples.offsets >= 0)).all():
-            raise self._unreadable(name, "labels, offsets or lengths that cannot be in its sidecar")
+        if len(samples.labels) != entry.samples or not (fits & (samples.offsets >= 0)).all():
+            raise IndexError("samples, labels, offsets or lengths that cannot be in its sidecar")
         return replace(samples, keys=np.array(samples.keys, dtype=np.bytes_))  # a third of the memory of a list
 
-    def _unreadable(self, name: str, got: str) -> UserError:
-        return UserError(self._setting, f"{self.path / name}: {got}", "a whole shard", "Run `vitscale verify` on it.")
+    def _forget(self, shard: int) -> None:
+        self._sidecars.pop(shard, None)
+        if shard in self._files:
+            os.close(self._files.pop(shard))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict(), "_sidecars": {}}  # descriptors belong to one process
+    def _unreadable(self, shard: int, got: str) -> UserError:
+        dataset, entry = self._shards[shard]
+        where = f"{dataset.folder.url}/{entry.name}: {got}"
+        return UserError(self._setting, where, "a whole shard", "Run `vitscale verify` on it.")
+
+    def __getstate__(self) -> dict[str, Any]:  # descriptors belong to one process
+        return {**self.__dict__, "_files": OrderedDict(), "_sidecars": OrderedDict()}
+
+
+def _cache(dataset: Dataset, settings: CacheSettings | None, setting: str) -> ShardCache | None:
+    if isinstance(dataset.folder, LocalFolder):
+        return None
+    if settings is None:
+        got = f"{dataset.folder.url} without data.cache"
+        raise UserError(setting, got, "a folder for its shards on a local disk", "Add data.cache=/local/disk/FOLDER.")
+    return ShardCache(dataset.folder, settings.folder, settings.limit)

@@ -1,7 +1,11 @@
 """Samples, views and batches."""
 
 import math
+import os
+import signal
+import time
 from collections.abc import Callable
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from shutil import copytree
@@ -10,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitscale.data_prep.decode import decode_rgb
+from vitscale.data_prep.decode import decode_rgb, encode
 from vitscale.errors import UserError
 from vitscale.pipeline.config import AugmentConfig
 from vitscale.pipeline.data import order
@@ -28,9 +32,18 @@ from vitscale.pipeline.data.loader import (
 )
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World
+from vitscale.pipeline.metrics import Seen
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(16, 1.0)
+
+
+def encoded(rgb: np.ndarray) -> bytes:
+    return encode(rgb, "png")
+
+
+def order_for(store: Store, size: int = 50, seed: int = 3) -> order.Order:
+    return order.Order(store.sizes, [1] * len(store.sizes), seed=seed, streams=4, window=64, size=size)
 
 
 def photo(height: int, width: int) -> np.ndarray:
@@ -74,12 +87,12 @@ def test_a_shard_cut_while_it_is_read_is_named(digits: Any, tmp_path: Path) -> N
 def test_views_are_pure_functions_of_seed_epoch_and_key() -> None:
     config, rgb = AugmentConfig(), photo(40, 60)
     views = {
-        arguments: training_view(rgb, 16, config, *arguments)
+        arguments: training_view(encoded(rgb), 16, config, *arguments)
         for arguments in ((0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b"))
     }
     first = views[0, 0, "a"]
     assert first.shape == (16, 16, 3)
-    assert np.array_equal(first, training_view(rgb.copy(), 16, config, 0, 0, "a"))
+    assert np.array_equal(first, training_view(encoded(rgb), 16, config, 0, 0, "a"))
     assert sum(np.array_equal(first, view) for view in views.values()) == 1
 
 
@@ -90,15 +103,15 @@ def test_views_are_pure_functions_of_seed_epoch_and_key() -> None:
     st.sampled_from(["resized", "shift", "none"]),
 )
 def test_any_picture_becomes_a_view(height: int, width: int, key: str, crop: str) -> None:
-    view = training_view(photo(height, width), 16, AugmentConfig(crop=crop), 0, 0, key)
+    view = training_view(encoded(photo(height, width)), 16, AugmentConfig(crop=crop), 0, 0, key)
     assert (view.shape, view.dtype) == ((16, 16, 3), np.uint8)
     assert PREPROCESS.view(photo(height, width)).shape == (16, 16, 3)
 
 
 def test_crops_cover_the_stated_areas_and_half_are_flipped() -> None:
     """Red rises by 255 over the width and green over the height: their spans tell the part that was taken."""
-    config = AugmentConfig(scale_min=0.25)
-    views = [training_view(photo(200, 200), 100, config, 0, 0, str(i)).astype(float) for i in range(500)]
+    config, data = AugmentConfig(scale_min=0.25), encoded(photo(200, 200))
+    views = [training_view(data, 100, config, 0, 0, str(i)).astype(float) for i in range(500)]
     areas = [np.ptp(view[..., 0]) * np.ptp(view[..., 1]) / 255**2 for view in views]
     assert min(areas) >= 0.23  # a span ends half a pixel short of each edge
     assert max(areas) > 0.9
@@ -110,8 +123,8 @@ def test_crops_cover_the_stated_areas_and_half_are_flipped() -> None:
 def test_shifts_are_uniform_and_bounded() -> None:
     dot = np.zeros((32, 32, 3), dtype=np.uint8)
     dot[16, 16] = 255
-    config = AugmentConfig(crop="shift", shift=0.125, flip=False)
-    places = [np.argwhere(training_view(dot, 32, config, 0, 0, str(i))[..., 0])[0] for i in range(2000)]
+    config, data = AugmentConfig(crop="shift", shift=0.125, flip=False), encoded(dot)
+    places = [np.argwhere(training_view(data, 32, config, 0, 0, str(i))[..., 0])[0] for i in range(2000)]
     moved = np.array(places) - 16
     assert sorted(set(moved[:, 0])) == sorted(set(moved[:, 1])) == list(range(-4, 5))
     counts = np.bincount(moved[:, 0] + 4)
@@ -134,7 +147,7 @@ def collect(store: Store, world_size: int, micro_batch: int, workers: int, steps
     for rank in range(world_size):
         world = World(rank, world_size, rank, CPU)
         settings = LoaderSettings(micro_batch, workers)
-        batches = list(training_batches(store, view, settings, world, seed=3, global_batch=50, steps=steps))
+        batches = list(training_batches(store, order_for(store), view, settings, world, steps))
         accumulation = order.accumulation(50, world_size, micro_batch)
         assert len(batches) == accumulation * len(steps)
         assert all(batch["pixels"].shape == (micro_batch, 16, 16, 3) for batch in batches)
@@ -146,7 +159,7 @@ def collect(store: Store, world_size: int, micro_batch: int, workers: int, steps
 
 def test_global_batches_are_the_same_for_any_ranks_workers_and_micro_batches(digits: Any) -> None:
     store = Store(str(digits.train), "data.train")
-    expected = [order.global_batch(len(store), 3, 50, step)[1].tolist() for step in range(27, 31)]  # into epoch 1
+    expected = [order_for(store).batch(step)[0].tolist() for step in range(27, 31)]  # into epoch 1
     for world_size, micro_batch, workers in ((1, 50, 0), (2, 8, 1), (3, 7, 0), (7, 3, 0), (50, 4, 0)):
         assert collect(store, world_size, micro_batch, workers, range(27, 31)) == expected
 
@@ -203,3 +216,164 @@ def test_grey_digits_decode_to_their_pixels(digits: Any) -> None:
     decoded = decode_rgb(sample.data).astype(float)
     differences = [abs(decoded - other).max() for other in originals if other.shape == decoded.shape]
     assert min(differences) <= 12
+
+
+def test_views_of_a_halved_jpeg_are_those_of_the_whole() -> None:
+    """A part of at least twice the size is decoded at half of it: the same picture but for rounded edges.
+
+    The picture rises by 255 over 400 px: an edge off by half a pixel of the halved one moves a level by 0.6.
+    """
+    rgb = photo(400, 400)
+    config = AugmentConfig(scale_min=1.0, flip=False)
+    whole, halved = (training_view(data, 64, config, 0, 0, "a") for data in (encoded(rgb), encode(rgb, "jpeg", 95)))
+    assert np.abs(whole.astype(float) - halved).mean() < 1.5
+    assert np.abs(whole.astype(float) - halved).max() < 8
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([1, 3, 6, 8]))
+@settings(max_examples=60, deadline=None)
+def test_any_jpeg_becomes_a_view(height: int, width: int, orientation: int) -> None:
+    buffer, exif = BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(photo(height, width)).save(buffer, "JPEG", exif=exif)
+    assert training_view(buffer.getvalue(), 16, AugmentConfig(), 0, 0, f"{height}").shape == (16, 16, 3)
+
+
+def digests(store: Store, world_size: int, micro_batch: int, workers: int, steps: range) -> list[str]:
+    """The digest of each step, put together from all ranks."""
+    sums = np.zeros(len(steps), np.uint64)
+    for rank in range(world_size):
+        batches = training_batches(
+            store, order_for(store), TrainingView(16, AugmentConfig(), 0), LoaderSettings(micro_batch, workers),
+            World(rank, world_size, rank, CPU), steps,
+        )  # fmt: skip
+        seen = Seen(batches, order.accumulation(50, world_size, micro_batch))
+        assert sum("digest" in batch for batch in seen) == 0
+        sums += np.array([int(digest, 16) for digest in seen.take()[0]], np.uint64)
+    return [f"{digest:016x}" for digest in sums.tolist()]
+
+
+def test_digests_tell_samples_and_rows_whatever_the_ranks(digits: Any) -> None:
+    store = Store(str(digits.train), "data.train")
+    expected = digests(store, 1, 50, 0, range(26, 32))
+    assert len(set(expected)) == 6
+    assert digests(store, 3, 7, 1, range(26, 32)) == expected
+    for first in range(26, 32):  # a resume at every step
+        assert digests(store, 2, 16, 0, range(first, 32)) == expected[first - 26 :]
+
+
+def test_pairs_stay_together(digits: Any) -> None:
+    store = Store(str(digits.train), "data.train")
+    plan = order_for(store, 51)
+    micro = order.micro_batch_size(51, 3, 7, unit=2)
+    rows = []
+    for rank in range(3):
+        settings = LoaderSettings(micro, 0, pairs=True)
+        view, world = TrainingView(16, AugmentConfig(), 0), World(rank, 3, rank, CPU)
+        for batch in training_batches(store, plan, view, settings, world, range(1)):
+            real = batch["row"][batch["weight"] > 0].tolist()
+            assert all(a + 1 == b for a, b in zip(real[0::2], real[1::2], strict=False))
+            assert all(row % 2 == 0 for row in real[0::2])
+            assert batch["row"][batch["weight"] == 0].tolist() == [-1] * (micro - len(real))
+            rows += real
+    assert rows == list(range(51))
+
+
+def test_several_datasets_are_mixed_in_their_shares(digits: Any, tmp_path: Path) -> None:
+    store = Store([str(digits.train), str(digits.test)], "data.train")
+    assert len(store) == 1438 + 359
+    keys = {store.read(number).key for number in range(1438, 1438 + 359)}
+    plan = order.Order(store.sizes, [4, 1], seed=3, streams=4, window=64, size=50)
+    view, world = TrainingView(16, AugmentConfig(), 0), World(0, 1, 0, CPU)
+    for batch in training_batches(store, plan, view, LoaderSettings(50, 0), world, range(40)):
+        assert (batch["number"] >= 1438).sum() == 10
+    assert store.read(1438).key in keys
+    other = Store(str(digits.test), "data.val")
+    assert store.read(1438 + 17) == other.read(17)
+    renamed = copytree(digits.test, tmp_path / "renamed")
+    info = (renamed / "dataset.json").read_text()
+    (renamed / "dataset.json").write_text(info.replace('"9"', '"nine"'))
+    with pytest.raises(UserError, match=r"data\.train: got .*renamed, with other classes"):
+        Store([str(digits.train), str(renamed)], "data.train")
+
+
+def damage(folder: Path, kind: str, tar: Path) -> None:
+    """What happens to a shard: its neighbours in the folder are left alone."""
+    if kind == "gone":
+        tar.unlink()
+    elif kind == "cut":
+        tar.write_bytes(tar.read_bytes()[:2000])
+    elif kind == "replaced":
+        tar.write_bytes(bytes(tar.stat().st_size))
+    else:
+        (folder / tar.name.replace(".tar", ".samples.parquet")).write_bytes(b"PAR1 and no more")
+
+
+@pytest.mark.parametrize("kind", ["gone", "cut", "replaced", "sidecar"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_in_mid_epoch_stops_or_is_stepped_over(
+    digits: Any, tmp_path: Path, kind: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitscale.pipeline.data.store.FIRST_DELAY", 0.01)
+    folder = copytree(digits.train, tmp_path / "train")
+    store = Store(str(folder), "data.train")
+    plan, world, view = order_for(store), World(0, 1, 0, CPU), TrainingView(16, AugmentConfig(), 0)
+    tar = sorted(folder.glob("*.tar"))[2]
+    lost = range(int(store.sizes[0][:2].sum()), int(store.sizes[0][:3].sum()))
+
+    def run(skip: bool) -> list[dict[str, torch.Tensor]]:
+        steps = range(28)
+        settings = LoaderSettings(50, workers, skip=skip)
+        return list(training_batches(Store(str(folder), "data.train", check=False), plan, view, settings, world, steps))
+
+    sound = run(skip=True)
+    assert sum(int(batch["skipped"].sum()) for batch in sound) == 0
+    damage(folder, kind, tar)
+    with pytest.raises(UserError, match=tar.name.removesuffix(".tar")):
+        run(skip=False)
+    batches, again = run(skip=True), run(skip=True)
+    skipped = torch.cat([batch["skipped"] for batch in batches])
+    assert [batch["weight"].sum() for batch in batches] == [50] * 28  # no batch shrinks
+    before, after = (torch.cat([batch["number"] for batch in some]) for some in (sound, batches))
+    assert torch.equal(before[skipped == 0], after[skipped == 0])
+    assert set(before[skipped == 1].tolist()) <= set(lost)
+    if kind != "cut":  # of which the first samples are left
+        assert int(skipped.sum()) == sum(number in lost for number in before.tolist())
+        assert set(after[skipped == 1].tolist()) == {lost.stop}
+    assert torch.equal(after, torch.cat([batch["number"] for batch in again]))
+
+
+def test_a_read_that_fails_once_is_tried_again(digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitscale.pipeline.data.store.FIRST_DELAY", 0.01)
+    folder = copytree(digits.test, tmp_path / "test")
+    store, tar = Store(str(folder), "data.val"), next(folder.glob("*.tar"))
+    expected = store.read(0)
+    whole = tar.read_bytes()
+    tar.write_bytes(b"")
+    monkeypatch.setattr(time, "sleep", lambda seconds: tar.write_bytes(whole))  # the file comes back in the meantime
+    assert store.read(0) == expected
+
+
+def test_a_killed_worker_is_told_and_does_not_hang(digits: Any) -> None:
+    store = Store(str(digits.train), "data.train")
+    view, world = TrainingView(16, AugmentConfig(), 0), World(0, 1, 0, CPU)
+    batches = training_batches(store, order_for(store), view, LoaderSettings(50, 2), world, range(100_000))
+    next(batches)
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    victim = next(
+        c for c in children if Path(f"/proc/{c}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes()
+    )
+    os.kill(int(victim), signal.SIGKILL)
+    with pytest.raises(UserError, match=r"data\.workers: got 2, of which one died"):
+        for _ in batches:
+            pass
+
+
+def test_sidecars_in_memory_are_bounded(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitscale.pipeline.data.store.HELD_SAMPLES", 700)
+    store, free = Store(str(digits.train), "data.train"), Store(str(digits.train), "data.train")
+    for number in np.random.default_rng(0).permutation(len(store))[:300]:
+        store.read(int(number))
+        held = sum(len(sidecar.labels) for sidecar in store._sidecars.values())
+        assert held <= 700
+    assert [store.read(n) for n in range(0, 1438, 97)] == [free.read(n) for n in range(0, 1438, 97)]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ GLOBAL_BATCH, MICRO_BATCH, SAMPLES = 21, 4, 105  # ragged on purpose: 21 rows on
 MODEL = ViTConfig(img_size=16, patch_size=4, depth=2, width=32, mlp_width=64, heads=4, num_classes=5, pre_logits=True)
 OPTIM = OptimConfig(weight_decay=0.1, clip=0.5)
 LR = 1e-3
+ORDER = order.Order([np.array([SAMPLES])], [1], seed=0, streams=1, window=SAMPLES, size=GLOBAL_BATCH)
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +40,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 def batches(step: int, world: World) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's padded micro batches of a step."""
     pixels, labels = data()
-    _, rows = order.global_batch(SAMPLES, 0, GLOBAL_BATCH, step)
+    rows, _ = ORDER.batch(step)
     for micro in order.micro_batches(rows, world.rank, world.size, MICRO_BATCH):
         index = torch.zeros(MICRO_BATCH, dtype=torch.long)
         index[: len(micro)] = torch.from_numpy(micro.copy())
@@ -75,7 +77,7 @@ def plain_loop(count: int) -> list[dict[str, float]]:
     adamw = torch.optim.AdamW(groups, lr=LR)
     rows = []
     for step in range(count):
-        numbers = torch.from_numpy(order.global_batch(SAMPLES, 0, GLOBAL_BATCH, step)[1].copy())
+        numbers = torch.from_numpy(ORDER.batch(step)[0])
         logits = objective({"pixels": pixels[numbers]}, predict=True)
         loss = torch.nn.functional.cross_entropy(logits, labels[numbers])
         adamw.zero_grad()
