@@ -20,7 +20,14 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from vitscale.data_prep.integrity import ImageRejected, check_whole, image_format, jpeg_header, webp_size
+from vitscale.data_prep.integrity import (
+    ImageRejected,
+    JpegHeader,
+    check_whole,
+    image_format,
+    jpeg_header,
+    webp_size,
+)
 
 MAX_PIXELS = 178_956_970  # 2 × Image.MAX_IMAGE_PIXELS: where Pillow itself refuses to open a picture
 BACKGROUND = (255, 255, 255)  # shown through transparent pixels
@@ -73,19 +80,50 @@ def decode_plain_jpeg(
     the picture may be halved in the decoder, up to three times, to no less. Raises `ImageRejected`.
     """
     check_pixels(width, height, max_pixels)
-    parts = next(
-        (parts for parts in (8, 4, 2) if -(-height // parts) >= least[0] and -(-width // parts) >= least[1]), 1
-    )
-    least = (-(-height // parts), -(-width // parts)) if any(least) else (0, 0)  # other eighths take longer than none
     try:
-        return simplejpeg.decode_jpeg(data, colorspace, min_height=least[0], min_width=least[1])
+        parts = _parts(width, height, least)
+        return simplejpeg.decode_jpeg(data, colorspace, min_height=-(-height // parts), min_width=-(-width // parts))
     except ValueError as error:
-        text = " ".join(str(error).split())
-        if "premature end" in text.lower():
-            raise ImageRejected(f"truncated: {text}") from error
-        if text.startswith("Corrupt JPEG data") and "extraneous bytes" not in text:
-            raise ImageRejected(f"corrupt: {text}") from error
-        return None
+        return _refuse(error)
+
+
+def decode_top(
+    data: bytes, header: JpegHeader, rows: int, max_pixels: int, least: tuple[int, int]
+) -> np.ndarray | None:
+    """The first `rows` rows of a sequential JPEG, without reading the others: what `decode_plain_jpeg` gives of them.
+
+    It is told that it is no higher, and what follows in the file counts as superfluous. Of the damage that decoders
+    notice, what lies within the rows may be missed: for images that were looked at as a whole before.
+    """
+    rows = min(header.height, rows + 2)  # chroma of the last two is interpolated from below
+    if rows == header.height or not header.height_at:
+        return decode_plain_jpeg(data, header.width, header.height, max_pixels, "RGB", least)
+    check_pixels(header.width, header.height, max_pixels)
+    lower = data[: header.height_at] + rows.to_bytes(2) + data[header.height_at + 2 :]
+    parts = _parts(header.width, header.height, least)
+    size = -(-rows // parts), -(-header.width // parts)
+    pixels = np.empty((*size, 3), np.uint8)
+    try:
+        simplejpeg.decode_jpeg(lower, "RGB", min_height=size[0], min_width=size[1], buffer=pixels)
+    except ValueError as error:
+        if "extraneous bytes" not in str(error):
+            return _refuse(error)
+    return pixels
+
+
+def _parts(width: int, height: int, least: tuple[int, int]) -> int:
+    """By how much a picture is scaled down, in halves: other eighths take longer to decode than the whole."""
+    fits = (parts for parts in (8, 4, 2) if -(-height // parts) >= least[0] and -(-width // parts) >= least[1])
+    return next(fits, 1) if any(least) else 1
+
+
+def _refuse(error: ValueError) -> None:
+    """Raise `ImageRejected` for what simplejpeg says of damage; where it says anything else, Pillow should try."""
+    text = " ".join(str(error).split())
+    if "premature end" in text.lower():
+        raise ImageRejected(f"truncated: {text}") from error
+    if text.startswith("Corrupt JPEG data") and "extraneous bytes" not in text:
+        raise ImageRejected(f"corrupt: {text}") from error
 
 
 def _decode_by_pillow(data: bytes, max_pixels: int) -> np.ndarray:

@@ -14,11 +14,15 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class JpegHeader(NamedTuple):
-    """A JPEG of the common kind: 8 bits, one picture, grey or YCbCr, upright where `orientation` is 1."""
+    """A JPEG of the common kind: 8 bits, one picture, grey or YCbCr, upright where `orientation` is 1.
+
+    `height_at` is where the two bytes of its height are if it is sequential, its rows one after the other; else 0.
+    """
 
     width: int
     height: int
     orientation: int
+    height_at: int = 0
 
 
 class ImageRejected(ValueError):  # noqa: N818 - a verdict on data, not a fault of the program
@@ -60,11 +64,11 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
 
     Sources: T.81 annex B; Adobe TN 5116 (APP14); CIPA DC-007 (several pictures, APP2); Exif 2.3 §4.6 (APP1).
     """
-    position, size, plain, orientation = 2, None, True, 1
+    position, size, plain, orientation, height_at = 2, None, True, 1, 0
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker, start = data[position + 1], position + 4
         if marker == _JPEG_SOS:
-            return JpegHeader(*size, orientation) if size and all(size) and plain else None
+            return JpegHeader(*size, orientation, height_at) if size and all(size) and plain else None
         position = start - 2 + int.from_bytes(data[start - 2 : start])
         if marker == 0xE1 and data.startswith(b"Exif\0\0", start):
             orientation = _exif_orientation(data[start + 6 : position])
@@ -77,6 +81,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
             plain &= data[start + 11 : start + 12] == b"\1"  # YCbCr
         elif marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
             size = int.from_bytes(data[start + 3 : start + 5]), int.from_bytes(data[start + 1 : start + 3])
+            height_at = start + 1 if marker != 0xC2 else 0
             ids = data[start + 6 : start + 6 + 3 * data[start + 5] : 3] if start + 5 < len(data) else b""
             plain &= data[start : start + 1] == b"\x08" and (len(ids) == 1 or ids in (b"\1\2\3", b"\0\1\2"))
         elif not (0xE0 <= marker <= 0xEF or marker in (0xC4, 0xDB, 0xDD, 0xFE)):

@@ -14,7 +14,13 @@ from vitscale.pipeline.config import to_dict, to_yaml
 from vitscale.pipeline.console import OUT, progress, say
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.device_augment import DeviceAugment
-from vitscale.pipeline.data.loader import EvaluationView, TrainingView, evaluation_batches, training_batches
+from vitscale.pipeline.data.loader import (
+    EvaluationView,
+    TrainingView,
+    evaluation_batches,
+    training_batches,
+    worker_deaths,
+)
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.engine import Engine
 from vitscale.pipeline.evaluation.classification import classification
@@ -43,7 +49,8 @@ def train(plan: Plan, world: World) -> None:
             return
         engine = build_engine(plan, world, resume)
         log = open_log(plan, world, first) if world.main else None
-        run_steps(plan, world, engine, first, log)
+        with worker_deaths(plan.loader.workers):
+            run_steps(plan, world, engine, first, log)
         if log:
             log.close()
             say(f"trained to step {plan.steps}: {plan.folder}")

@@ -6,8 +6,9 @@ that they do not depend on the worker or the rank.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import cv2
 import numpy as np
@@ -16,10 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vitscale.data_prep.decode import MAX_PIXELS, decode_plain_jpeg, decode_rgb
+from vitscale.data_prep.decode import MAX_PIXELS, decode_rgb, decode_top
 from vitscale.data_prep.integrity import image_format, jpeg_header
 from vitscale.pipeline.config import AugmentConfig
-from vitscale.pipeline.data.order import AUGMENT, random_words
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two excluded
@@ -58,9 +58,8 @@ def normalise(pixels: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch
 
 def training_view(data: bytes, size: int, config: AugmentConfig, seed: int, epoch: int, key: str) -> Pixels:
     """A random view (size, size, 3) of an encoded image, a pure function of its arguments. Raises `ImageRejected`."""
-    words = random_words(seed, AUGMENT, (key_number(key) % 2**64, epoch), 4 + 2 * TRIES)
-    uniform = (words >> np.uint64(11)) * 2.0**-53
-    flip, draws = uniform[0] < 0.5, uniform[1:]
+    draws = _uniforms(seed, epoch, key_number(key))
+    flip = next(draws) < 0.5
 
     def part(height: int, width: int) -> Box:
         random = config.crop == "resized"
@@ -69,7 +68,7 @@ def training_view(data: bytes, size: int, config: AugmentConfig, seed: int, epoc
     view = _cut(*_decode(data, part, size), size)
     if config.crop == "shift":
         view = _shift(view, config.shift, draws)
-    return np.ascontiguousarray(view[:, ::-1]) if config.flip and flip else view
+    return cv2.flip(view, 1) if config.flip and flip else view
 
 
 def key_number(key: str) -> int:
@@ -77,45 +76,63 @@ def key_number(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
 
 
+def _uniforms(seed: int, epoch: int, number: int) -> Iterator[float]:
+    """Numbers in [0, 1) for (seed, epoch, number), by SplitMix64 (Steele et al. 2014)."""
+    state = 0
+    for word in (seed, epoch, number):
+        state = _scrambled(state + word)
+    while True:
+        state += 0x9E3779B97F4A7C15
+        yield (_scrambled(state) >> 11) * 2.0**-53
+
+
+def _scrambled(word: int) -> int:
+    """`order.mixed` of one word."""
+    word %= 2**64
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
 def _decode(data: bytes, part: Callable[[int, int], Box], size: int) -> tuple[Pixels, Box]:
     """An image and, in its pixels, the part of it that `part(height, width)` names.
 
-    A JPEG is halved while it is decoded as long as this leaves the part `size` px a side: a quarter of the work.
+    A JPEG is halved while it is decoded as long as this leaves the part `size` px a side, and not decoded below it.
     """
     header = jpeg_header(data) if image_format(data) == "JPEG" else None
     if header and header.orientation == 1:
         height, width = header.height, header.width
         left, top, right, bottom = part(height, width)
         least = math.ceil(height * size / (bottom - top)), math.ceil(width * size / (right - left))
-        rgb = decode_plain_jpeg(data, width, height, MAX_PIXELS, "RGB", least)
+        rgb = decode_top(data, header, bottom, MAX_PIXELS, least)
         if rgb is not None:
-            down, across = rgb.shape[0] / height, rgb.shape[1] / width
-            return rgb, (round(left * across), round(top * down), round(right * across), round(bottom * down))
+            scale = rgb.shape[1] / width
+            return rgb, (round(left * scale), round(top * scale), round(right * scale), round(bottom * scale))
     rgb = decode_rgb(data)
     return rgb, part(*rgb.shape[:2])
 
 
 def _cut(rgb: Pixels, box: Box, size: int) -> Pixels:
-    """A part resized: averaged over areas where that makes it smaller, so that nothing aliases, else bicubic."""
+    """A part resized: bicubic, or averaged over areas where it becomes half as large or less, lest it aliases."""
     left, top, right, bottom = box
     part = rgb[top : max(bottom, top + 1), left : max(right, left + 1)]
-    smaller = min(part.shape[:2]) >= size
+    smaller = min(part.shape[:2]) >= 2 * size
     return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
 
-def _shift(view: Pixels, most: float, draws: NDArray[np.float64]) -> Pixels:
+def _shift(view: Pixels, most: float, draws: Iterator[float]) -> Pixels:
     reach = round(most * len(view))
-    top, left = (int(draw * (2 * reach + 1)) for draw in draws[:2])
+    top, left = (int(draw * (2 * reach + 1)) for draw in islice(draws, 2))
     padded = np.pad(view, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     return padded[top : top + len(view), left : left + len(view)]
 
 
-def _random_box(height: int, width: int, scale_min: float, draws: NDArray[np.float64]) -> Box:
+def _random_box(height: int, width: int, scale_min: float, draws: Iterator[float]) -> Box:
     """A part of `scale_min` to 1 of the area with an aspect of 3/4 to 4/3 (Szegedy et al. 2015); else the centre."""
-    place_x, place_y, draws = draws[0], draws[1], draws[2:]
-    for area_draw, aspect_draw in zip(draws[0::2], draws[1::2], strict=False):
-        area = height * width * (scale_min + (1 - scale_min) * area_draw)
-        aspect = math.exp((2 * aspect_draw - 1) * math.log(4 / 3))
+    place_x, place_y = islice(draws, 2)
+    for _ in range(TRIES):
+        area = height * width * (scale_min + (1 - scale_min) * next(draws))
+        aspect = math.exp((2 * next(draws) - 1) * math.log(4 / 3))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
             left, top = int(place_x * (width - box_width + 1)), int(place_y * (height - box_height + 1))

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from vitscale.pipeline.data.store import Sample, Store
 from vitscale.pipeline.distributed import World, die_with_parent
 
 Batch = dict[str, torch.Tensor]
+NUMBERS = ("label", "number", "epoch", "row", "key", "digest", "skipped")
 AHEAD = 4  # micro batches that each worker has ready: images differ in the time they take
 LOOK_AHEAD = 500_000  # samples of the order whose shards are fetched ahead of their use
 LOOK_EVERY, LOOKS = 64, 32  # steps from one look ahead to the next, and batches that it looks at
@@ -159,11 +161,9 @@ class _Views(Dataset):
 
 @dataclass(frozen=True)
 class _Collate:
-    """Rows → tensors of `rows` rows, padded: `pixels` uint8 (B, Y, X, 3), and per row
+    """Rows → tensors of `rows` rows, padded: `pixels` uint8 (B, Y, X, 3), and `numbers` int64 (len(NUMBERS), B).
 
-    - `label`, `number` of the sample, `epoch`, `row` of the global batch (-1 where padded), `weight` (0 where padded)
-    - `key`, 64 bits that stand for the sample's key, and `digest`, for its key in this row
-    - `skipped`, 1 where the sample stands in for one that cannot be read
+    They are few, as each takes a file descriptor and a message on its way out of a worker.
     """
 
     rows: int
@@ -175,17 +175,14 @@ class _Collate:
         pixels = self._empty()
         pixels[len(rows) :] = 0
         array = pixels.numpy()
-        names = ("label", "number", "epoch", "row", "key", "digest", "skipped")
-        numbers = np.zeros((len(names), self.rows), dtype=np.int64)
-        numbers[3] = -1
+        numbers = np.zeros((len(NUMBERS), self.rows), dtype=np.int64)
+        numbers[NUMBERS.index("row")] = -1
         for i, (view, request, sample, number) in enumerate(rows):
             array[i] = view
             skipped, key = number != request.number, key_number(sample.key)
             digest = key_number(f"{request.row} {sample.key}")
             numbers[:, i] = sample.label, number, request.epoch, request.row, key, digest, skipped
-        weight = torch.from_numpy((np.arange(self.rows) < len(rows)).astype(np.float32))
-        tensors = {name: torch.from_numpy(values) for name, values in zip(names, numbers, strict=True)}
-        return {"pixels": pixels, "weight": weight, **tensors}
+        return {"pixels": pixels, "numbers": torch.from_numpy(numbers)}
 
     def _empty(self) -> torch.Tensor:
         """Memory for pixels; in a worker such as the rank has too, so that they are not copied again."""
@@ -215,28 +212,45 @@ def _batches(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # its own: the global one belongs to the model's dropout
     )
+    with worker_deaths(settings.workers):
+        yield from _sound(_on_device(loader, world.device) if cuda else loader)
+
+
+@contextmanager
+def worker_deaths(workers: int) -> Iterator[None]:
+    """Turn what torch raises when a worker dies, wherever this process is at that moment, into `UserError`."""
     try:
-        yield from _on_device(_sound(loader), world.device) if cuda else _sound(loader)
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        got = f"{settings.workers}, of which one died ({' '.join(str(error).split())[:200]})"
+        got = f"{workers}, of which one died ({' '.join(str(error).split())[:200]})"
         remedy = "It may have run out of memory: try fewer workers. Run again to go on."
         raise UserError("data.workers", got, "processes that live as long as the rank", remedy) from error
 
 
 def _sound(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    """Batches as they are used: `pixels` uint8 (B, Y, X, 3), and of each row
+
+    - `label`, `number` of the sample, `epoch`, `row` of the global batch (-1 where padded), `weight` (0 where padded)
+    - `key`, 64 bits that stand for the sample's key, and `digest`, for its key in this row
+    - `skipped`, 1 where the sample stands in for one that cannot be read
+    """
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        numbers = dict(zip(NUMBERS, batch["numbers"], strict=True))
+        yield {"pixels": batch["pixels"], "weight": (numbers["row"] >= 0).float(), **numbers}
 
 
-def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _on_device(batches: Iterable[Batch | UserError], device: torch.device) -> Iterator[Batch | UserError]:
     """Each batch on a GPU, copied on a stream of its own while the one before it is worked on."""
     copying = torch.cuda.Stream(device)
     waiting: deque[tuple[Batch, torch.cuda.Event]] = deque()
     for batch in batches:
+        if isinstance(batch, UserError):
+            yield batch
+            return
         with torch.cuda.stream(copying):
             moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             waiting.append((moved, copying.record_event()))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 VERSION = 2  # of the order: a run goes on in the one that it began with
-SHUFFLE, AUGMENT = 0, 1  # second word of the Philox key: streams that never meet
+SHUFFLE = 0  # second word of the Philox key: streams that never meet
 ROUNDS = 8  # of the permutation of a window
 WHOLE = 2**40  # weights of a mixture are counted in parts of this
 

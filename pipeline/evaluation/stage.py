@@ -6,7 +6,7 @@ from typing import Any
 
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
-from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, evaluation_batches
+from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, evaluation_batches, worker_deaths
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.evaluation.classification import classification
@@ -33,7 +33,8 @@ def evaluate(trained: Trained, store: Store, settings: LoaderSettings, world: Wo
     """Results of a classifier on every image of a dataset, on all ranks alike."""
     objective = Supervised(trained.load(), trained.preprocess).eval().to(world.device)
     batches = evaluation_batches(store, EvaluationView(trained.preprocess), settings, world)
-    results = dict(classification(objective, batches, len(trained.classes)))
+    with worker_deaths(settings.workers):
+        results = dict(classification(objective, batches, len(trained.classes)))
     return {"origin": trained.origin, "dataset": store.describe(), "classes": trained.classes, **results}
 
 

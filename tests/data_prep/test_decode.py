@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, JpegImagePlugin
 
 from vitscale.data_prep import decode
-from vitscale.data_prep.decode import ImageInfo, decode_plain_jpeg, decode_rgb, inspect
-from vitscale.data_prep.integrity import ImageRejected, JpegHeader, jpeg_header
+from vitscale.data_prep.decode import ImageInfo, decode_plain_jpeg, decode_rgb, decode_top, inspect
+from vitscale.data_prep.integrity import ImageRejected, jpeg_header
 
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"]
 LOSSLESS = {"WEBP": {"lossless": True}}
@@ -244,10 +244,10 @@ def test_made_jpegs_decode_to_the_pixels_of_pillow(picture, encode, subsampling:
 def test_which_jpegs_are_of_the_common_kind(picture, encode) -> None:
     rgb, exif = Image.fromarray(picture()), Image.Exif()
     exif[0x0112] = 8
-    assert jpeg_header(encode(rgb, "JPEG")) == JpegHeader(28, 20, 1)
-    assert jpeg_header(encode(rgb, "JPEG", progressive=True)) == JpegHeader(28, 20, 1)
-    assert jpeg_header(encode(rgb.convert("L"), "JPEG")) == JpegHeader(28, 20, 1)
-    assert jpeg_header(encode(rgb, "JPEG", exif=exif)) == JpegHeader(28, 20, 8)
+    assert jpeg_header(encode(rgb, "JPEG"))[:3] == (28, 20, 1)
+    assert jpeg_header(encode(rgb, "JPEG", progressive=True)) == (28, 20, 1, 0)
+    assert jpeg_header(encode(rgb.convert("L"), "JPEG"))[:3] == (28, 20, 1)
+    assert jpeg_header(encode(rgb, "JPEG", exif=exif))[:3] == (28, 20, 8)
     assert jpeg_header(encode(rgb, "JPEG", exif=b"Exif\0\0damaged")) is None
     assert jpeg_header(encode(rgb, "JPEG", keep_rgb=True)) is None
     assert jpeg_header(encode(rgb.convert("CMYK"), "JPEG")) is None
@@ -272,7 +272,7 @@ def test_every_cut_of_a_header_is_read_without_an_error(picture, encode) -> None
     data = encode(picture(), "JPEG", exif=Image.Exif())
     start = data.index(b"\xff\xda") + 4  # the start of the scan and its length
     assert all(jpeg_header(data[:end]) is None for end in range(start))
-    assert jpeg_header(data[:start]) == JpegHeader(28, 20, 1)
+    assert jpeg_header(data[:start])[:3] == (28, 20, 1)
 
 
 def test_end_marker_of_an_embedded_thumbnail_does_not_count(picture, encode) -> None:
@@ -374,3 +374,31 @@ def test_a_jpeg_is_halved_to_no_less_than_asked_for(least: tuple[int, int], expe
     pixels = decode_plain_jpeg(data, 150, 90, 10**6, "RGB", least)
     assert pixels is not None
     assert pixels.shape[:2] == expected
+
+
+@pytest.mark.parametrize("options", [{"subsampling": n} for n in (0, 1, 2)] + [{"progressive": True}, {"restart": 3}])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_top_of_a_jpeg_is_that_of_the_whole(picture, encode, options: dict, parts: int) -> None:
+    if "restart" in options:
+        options = {"restart_marker_rows": 1, "subsampling": 2}
+    data = encode(picture(), "JPEG", quality=90, **options)
+    header = jpeg_header(data)
+    height, width = header.height, header.width
+    least = (-(-height // parts), -(-width // parts))
+    whole = decode_plain_jpeg(data, width, height, 10**6, "RGB", least)
+    for rows in range(1, height + 1):
+        top = decode_top(data, header, rows, 10**6, least)
+        np.testing.assert_array_equal(top[: rows // parts], whole[: rows // parts])
+        assert len(top) <= -(-min(height, rows + 2) // parts) or header.height_at == 0
+
+
+def test_the_top_of_a_damaged_jpeg_is_refused(encode) -> None:
+    data = encode(np.random.default_rng(0).integers(0, 256, (200, 100, 3), dtype=np.uint8), "JPEG")
+    header = jpeg_header(data)
+    assert header.height_at
+    with pytest.raises(ImageRejected, match="truncated"):
+        decode_top(data[: len(data) // 3], header, 150, 10**6, (0, 0))
+    with pytest.raises(ImageRejected, match="truncated"):  # though the rows are there
+        decode_top(data[: len(data) * 3 // 4], header, 60, 10**6, (0, 0))
+    with pytest.raises(ImageRejected, match="too many pixels"):
+        decode_top(data, header, 20, 1000, (0, 0))

@@ -29,6 +29,7 @@ from vitscale.pipeline.data.loader import (
     TrainingView,
     evaluation_batches,
     training_batches,
+    worker_deaths,
 )
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World
@@ -363,10 +364,15 @@ def test_a_killed_worker_is_told_and_does_not_hang(digits: Any) -> None:
     victim = next(
         c for c in children if Path(f"/proc/{c}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes()
     )
-    os.kill(int(victim), signal.SIGKILL)
+
+    def kill() -> None:
+        with worker_deaths(2):
+            os.kill(int(victim), signal.SIGKILL)
+            for _ in batches:
+                pass
+
     with pytest.raises(UserError, match=r"data\.workers: got 2, of which one died"):
-        for _ in batches:
-            pass
+        kill()
 
 
 def test_sidecars_in_memory_are_bounded(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
