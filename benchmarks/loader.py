@@ -70,7 +70,7 @@ def torchvision_style(data: bytes) -> np.ndarray:
 def whole_loader(folder: Path, workers: int) -> float:
     """Images a second of one epoch, after the first batches."""
     store = Store(str(folder), "data.train")
-    order = Order(store.sizes, [1], seed=0, streams=16, window=16384, size=BATCH)
+    order = Order(store.sizes, [1], seed=0, streams=16, window=65536, size=BATCH)
     view, world = TrainingView(SIZE, AugmentConfig(), 0), World(0, 1, 0, torch.device("cpu"))
     begun = 0.0
     for number, _ in enumerate(
@@ -91,7 +91,7 @@ def peer(command: list[str]) -> float:
 def peak_memory(folder: Path, epochs: int) -> int:
     """Peak RSS in kB of the larger of two workers that load so many epochs. Run in a process of its own."""
     store = Store(str(folder), "data.train")
-    order = Order(store.sizes, [1], seed=0, streams=16, window=16384, size=BATCH)
+    order = Order(store.sizes, [1], seed=0, streams=16, window=65536, size=BATCH)
     view, world = TrainingView(SIZE, AugmentConfig(), 0), World(0, 1, 0, torch.device("cpu"))
     for _ in training_batches(store, order, view, LoaderSettings(BATCH, 2), world, range(order.steps * epochs)):
         pass

@@ -70,7 +70,7 @@ class DataConfig:
     val: str = ""
     workers: int = 2
     streams: int = 16
-    window: int = 16384
+    window: int = 65536
     on_error: str = "stop"
     cache: str = ""
     cache_gb: float = 100.0

@@ -71,7 +71,7 @@ def plan(config: Config, world_size: int, check_files: bool = True) -> Plan:
         raise UserError("train.global_batch", f"{batch} for {world_size} ranks", "at least one image a rank", remedy)
     if batch > len(train):
         raise UserError("train.global_batch", batch, f"at most the {len(train)} training images", "Lower it.")
-    train.check_cache(config.data.streams, int(config.data.cache_gb * 1e9))
+    train.check_cache(config.data.streams, config.data.window, int(config.data.cache_gb * 1e9))
     unit = 2 if config.augment.mixes else 1
     if config.engine.micro_batch < unit:
         raise UserError("engine.micro_batch", config.engine.micro_batch, "at least the 2 images that mix", "Raise it.")

@@ -89,12 +89,15 @@ class Store:
         """Whether shards come out of an object store."""
         return any(self._caches)
 
-    def check_cache(self, streams: int, limit: int) -> None:
-        """Raise `UserError` where a cache of `limit` bytes cannot hold a shard of every stream."""
-        need = streams * max(shard.bytes for _, shard in self._shards)
+    def check_cache(self, streams: int, window: int, limit: int) -> None:
+        """Raise `UserError` where a cache of `limit` bytes cannot hold the shards of one window of every stream."""
+        shards = [shard for _, shard in self._shards]
+        size = sum(shard.bytes for shard in shards)
+        need = min(size, streams * (window * size // len(self) + max(shard.bytes for shard in shards)))
         if self.remote and limit < need:
-            got, expected = f"{limit / 1e9:g}", f"{need / 1e9:g} for {streams} streams, and room for the coming shards"
-            raise UserError("data.cache_gb", got, expected, "Raise it, or lower data.streams.")
+            got = f"{limit / 1e9:g} for {streams} windows of {window} images"
+            remedy = "Raise it, or lower data.window or data.streams."
+            raise UserError("data.cache_gb", got, f"at least {need / 1e9:.3g}, and room for the coming shards", remedy)
 
     @property
     def name(self) -> str:

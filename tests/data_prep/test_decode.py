@@ -244,10 +244,10 @@ def test_made_jpegs_decode_to_the_pixels_of_pillow(picture, encode, subsampling:
 def test_which_jpegs_are_of_the_common_kind(picture, encode) -> None:
     rgb, exif = Image.fromarray(picture()), Image.Exif()
     exif[0x0112] = 8
-    assert jpeg_header(encode(rgb, "JPEG"))[:3] == (28, 20, 1)
+    assert size_of(encode(rgb, "JPEG")) == (28, 20, 1)
     assert jpeg_header(encode(rgb, "JPEG", progressive=True)) == (28, 20, 1, 0)
-    assert jpeg_header(encode(rgb.convert("L"), "JPEG"))[:3] == (28, 20, 1)
-    assert jpeg_header(encode(rgb, "JPEG", exif=exif))[:3] == (28, 20, 8)
+    assert size_of(encode(rgb.convert("L"), "JPEG")) == (28, 20, 1)
+    assert size_of(encode(rgb, "JPEG", exif=exif)) == (28, 20, 8)
     assert jpeg_header(encode(rgb, "JPEG", exif=b"Exif\0\0damaged")) is None
     assert jpeg_header(encode(rgb, "JPEG", keep_rgb=True)) is None
     assert jpeg_header(encode(rgb.convert("CMYK"), "JPEG")) is None
@@ -272,7 +272,7 @@ def test_every_cut_of_a_header_is_read_without_an_error(picture, encode) -> None
     data = encode(picture(), "JPEG", exif=Image.Exif())
     start = data.index(b"\xff\xda") + 4  # the start of the scan and its length
     assert all(jpeg_header(data[:end]) is None for end in range(start))
-    assert jpeg_header(data[:start])[:3] == (28, 20, 1)
+    assert size_of(data[:start]) == (28, 20, 1)
 
 
 def test_end_marker_of_an_embedded_thumbnail_does_not_count(picture, encode) -> None:
@@ -286,6 +286,12 @@ def test_bytes_after_the_end_are_ignored(picture, encode) -> None:
     for format in ("JPEG", "PNG"):
         data = encode(picture(), format)
         np.testing.assert_array_equal(decode_rgb(data + b"\xff\xd8junk" * 9), decode_rgb(data))
+
+
+def size_of(data: bytes) -> tuple[int, int, int] | None:
+    """Width, height and orientation of the common kinds of JPEG."""
+    header = jpeg_header(data)
+    return header and header[:3]
 
 
 def test_any_changed_byte_of_a_png_is_refused(picture, encode) -> None:
@@ -383,11 +389,14 @@ def test_the_top_of_a_jpeg_is_that_of_the_whole(picture, encode, options: dict, 
         options = {"restart_marker_rows": 1, "subsampling": 2}
     data = encode(picture(), "JPEG", quality=90, **options)
     header = jpeg_header(data)
+    assert header
     height, width = header.height, header.width
     least = (-(-height // parts), -(-width // parts))
     whole = decode_plain_jpeg(data, width, height, 10**6, "RGB", least)
+    assert whole is not None
     for rows in range(1, height + 1):
         top = decode_top(data, header, rows, 10**6, least)
+        assert top is not None
         np.testing.assert_array_equal(top[: rows // parts], whole[: rows // parts])
         assert len(top) <= -(-min(height, rows + 2) // parts) or header.height_at == 0
 
@@ -395,6 +404,7 @@ def test_the_top_of_a_jpeg_is_that_of_the_whole(picture, encode, options: dict, 
 def test_the_top_of_a_damaged_jpeg_is_refused(encode) -> None:
     data = encode(np.random.default_rng(0).integers(0, 256, (200, 100, 3), dtype=np.uint8), "JPEG")
     header = jpeg_header(data)
+    assert header
     assert header.height_at
     with pytest.raises(ImageRejected, match="truncated"):
         decode_top(data[: len(data) // 3], header, 150, 10**6, (0, 0))

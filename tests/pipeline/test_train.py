@@ -245,3 +245,69 @@ def test_dropout_resumes_exactly_too(digits: Any, tmp_path: Path) -> None:
     assert "going on from step 3" in said.stdout
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
     assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_audit_tells_where_the_data_of_two_runs_differ(
+    reference: Path, digits: Any, tmp_path: Path, vitscale: Callable[..., Any]
+) -> None:
+    one_rank = tmp_path / "one"
+    said = command(digits, one_rank, "engine.micro_batch=30", "run.log_every=5", "train.duration=8", "data.workers=0")
+    assert said.returncode == 0, said.stderr
+    same = vitscale("audit", str(reference), str(one_rank))
+    assert (same.returncode, same.stdout.split("\n")[0]) == (0, "8 steps in common, 1 to 8")
+    rows = (one_rank / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(rows[1])
+    words = row["samples"].split()
+    row["samples"] = " ".join([*words[:-1], "0" * 16])
+    (one_rank / "metrics.jsonl").write_text("\n".join([rows[0], json.dumps(row), *rows[2:]]) + "\n")
+    differing = vitscale("audit", str(reference), str(one_rank))
+    assert differing.returncode == 1
+    assert f"the images of step {row['step']} differ" in differing.stdout
+    assert "RUN_B: got" in vitscale("audit", str(reference), str(tmp_path)).stderr
+
+
+def test_a_mixture_mixes_and_augments_alike_at_any_number_of_ranks(digits: Any, tmp_path: Path) -> None:
+    """Two datasets, mixup, cutmix, RandAugment and erasing: the losses of one rank are those of two, but for sums in
+    another order, which AdamW's first steps carry to about 1e-5."""
+    sets = f"data.train=[{{path: {digits.train}, weight: 2}}, {{path: {digits.test}}}]"
+    augment = ["augment.mixup=0.8", "augment.cutmix=1", "augment.randaugment_ops=2", "augment.erase=0.25"]
+    more = [sets, *augment, "train.duration=6", "train.global_batch=31", "checkpoint.every=0", "eval.every=0"]
+    for name, nproc in (("one", "1"), ("two", "2")):
+        said = command(digits, tmp_path / name, "--nproc", nproc, *more)
+        assert said.returncode == 0, said.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    seen = [[row["samples"] for row in read_metrics(tmp_path / n) if row["kind"] == "train"] for n in ("one", "two")]
+    assert seen[0] == seen[1]
+
+
+def test_training_reads_from_an_object_store_through_its_cache(digits: Any, tmp_path: Path) -> None:
+    from tests.data_prep.test_storage import object_store, upload
+
+    with object_store() as (server, client):
+        upload(client, digits.train, "train")
+        remote = ["data.train=s3://bucket/train", "train.duration=6", "checkpoint.every=0", "eval.every=0"]
+        refused = command(digits, tmp_path / "refused", *remote)
+        assert refused.returncode == 2
+        assert "data.train: got s3://bucket/train without data.cache" in refused.stderr
+        cached = [*remote, f"data.cache={tmp_path / 'cache'}", "data.cache_gb=0.02"]
+        said = command(digits, tmp_path / "remote", "--nproc", "2", *cached)
+        assert said.returncode == 0, said.stderr
+        server.stop()
+    more = ["train.duration=6", "checkpoint.every=0", "eval.every=0"]
+    said = command(digits, tmp_path / "local", "--nproc", "2", *more)
+    assert said.returncode == 0, said.stderr
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    assert any((tmp_path / "cache").glob("*.tar"))
+
+
+def test_a_cache_too_small_for_the_windows_is_refused(digits: Any, tmp_path: Path) -> None:
+    from tests.data_prep.test_storage import object_store, upload
+
+    with object_store() as (server, client):
+        upload(client, digits.train, "train")
+        said = command(
+            digits, tmp_path / "run", "data.train=s3://bucket/train", f"data.cache={tmp_path}", "data.cache_gb=0.0001"
+        )
+        server.stop()
+    assert said.returncode == 2
+    assert "data.cache_gb: got 0.0001 for 16 windows of 65536 images; expected at least" in said.stderr
