@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+from weakref import finalize
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from vitscale.data_prep.decode import ImageRejected, decode_rgb
 from vitscale.errors import UserError
@@ -33,15 +34,6 @@ class Request(NamedTuple):
     number: int
     epoch: int
     row: int
-
-
-class Row(NamedTuple):
-    """A row of a batch: a view of the sample `number`, which may stand in for the one that was asked for."""
-
-    view: Pixels
-    request: Request
-    sample: Sample
-    number: int
 
 
 class View(Protocol):
@@ -127,24 +119,69 @@ def evaluation_batches(store: Store, view: View, settings: LoaderSettings, world
     return _batches(store, view, requests, settings, world)
 
 
+class _Slots:
+    """Memory for the pixels of micro batches, which workers write and this process reads.
+
+    It is used again once nothing refers to the tensor that was lent of it: fresh memory for each would cost a worker a
+    tenth of its time.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        self._memory = [torch.empty(shape, dtype=torch.uint8).share_memory_() for _ in range(count)]
+        self._free = deque(range(count))
+
+    def take(self) -> int | None:
+        """The number of a free one, if there is one."""
+        return self._free.popleft() if self._free else None
+
+    def array(self, slot: int) -> Pixels:
+        return self._memory[slot].numpy()
+
+    def lend(self, slot: int) -> torch.Tensor:
+        """Its tensor, which this process alone reads from now on."""
+        array = self.array(slot)[:]  # lives as long as the memory of any tensor made of it
+        finalize(array, self._free.append, slot).atexit = False
+        return torch.from_numpy(array)
+
+
+Micro = tuple[int | None, list[Request]]  # a slot for its pixels, and what it asks for
+Loaded = tuple[int | None, torch.Tensor | None, torch.Tensor]  # slot, pixels where there is none, and numbers
+
+
 class _Views(Dataset):
-    """Map-style dataset of whole batches. A `UserError` is returned, not raised: workers would lose its text."""
+    """Map-style dataset of whole micro batches, padded to `rows` rows.
 
-    def __init__(self, store: Store, view: View, skip: bool) -> None:
-        self.store, self.view, self.skip = store, view, skip
+    Numbers are int64 (len(NUMBERS), B): in one tensor, as each takes a file descriptor and a message on its way out of
+    a worker. A `UserError` is returned, not raised: workers would lose its text.
+    """
 
-    def __getitems__(self, requests: list[Request]) -> list[Row] | UserError:
+    def __init__(self, store: Store, view: View, rows: int, skip: bool, slots: _Slots) -> None:
+        self.store, self.view, self.rows, self.skip, self.slots = store, view, rows, skip, slots
+
+    def __getitems__(self, micro: Micro) -> Loaded | UserError:
+        slot, requests = micro
+        shape = (self.rows, self.view.size, self.view.size, 3)
+        pixels = np.empty(shape, np.uint8) if slot is None else self.slots.array(slot)
+        numbers = np.zeros((len(NUMBERS), self.rows), dtype=np.int64)
+        numbers[NUMBERS.index("row")] = -1
+        pixels[len(requests) :] = 0
         try:
-            return [self._row(request) for request in requests]
+            for i, request in enumerate(requests):
+                pixels[i], sample, number = self._row(request)
+                skipped, key = number != request.number, key_number(sample.key)
+                digest = key_number(f"{request.row} {sample.key}")
+                numbers[:, i] = sample.label, number, request.epoch, request.row, key, digest, skipped
         except UserError as error:
             return error
+        return slot, torch.from_numpy(pixels) if slot is None else None, torch.from_numpy(numbers)
 
-    def _row(self, request: Request) -> Row:
+    def _row(self, request: Request) -> tuple[Pixels, Sample, int]:
+        """A view, its sample, and its number: that of another sample where it stands in for the one asked for."""
         number, samples = request.number, len(self.store)
         while True:
             try:
                 sample = self.store.read(number)
-                return Row(self._view(sample, request.epoch), request, sample, number)
+                return self._view(sample, request.epoch), sample, number
             except UserError:
                 number = (number + 1) % samples
                 if not self.skip or number == request.number:
@@ -159,38 +196,8 @@ class _Views(Dataset):
             raise UserError("data", where, "an image", remedy) from reason
 
 
-@dataclass(frozen=True)
-class _Collate:
-    """Rows → tensors of `rows` rows, padded: `pixels` uint8 (B, Y, X, 3), and `numbers` int64 (len(NUMBERS), B).
-
-    They are few, as each takes a file descriptor and a message on its way out of a worker.
-    """
-
-    rows: int
-    size: int
-
-    def __call__(self, rows: list[Row] | UserError) -> Batch | UserError:
-        if isinstance(rows, UserError):
-            return rows
-        pixels = self._empty()
-        pixels[len(rows) :] = 0
-        array = pixels.numpy()
-        numbers = np.zeros((len(NUMBERS), self.rows), dtype=np.int64)
-        numbers[NUMBERS.index("row")] = -1
-        for i, (view, request, sample, number) in enumerate(rows):
-            array[i] = view
-            skipped, key = number != request.number, key_number(sample.key)
-            digest = key_number(f"{request.row} {sample.key}")
-            numbers[:, i] = sample.label, number, request.epoch, request.row, key, digest, skipped
-        return {"pixels": pixels, "numbers": torch.from_numpy(numbers)}
-
-    def _empty(self) -> torch.Tensor:
-        """Memory for pixels; in a worker such as the rank has too, so that they are not copied again."""
-        shape = (self.rows, self.size, self.size, 3)
-        if get_worker_info() is None:
-            return torch.empty(shape, dtype=torch.uint8)
-        storage = torch.UntypedStorage._new_shared(self.rows * self.size * self.size * 3)
-        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+def _as_it_is(loaded: Loaded | UserError) -> Loaded | UserError:
+    return loaded
 
 
 def _start_worker(worker: int) -> None:
@@ -201,11 +208,13 @@ def _start_worker(worker: int) -> None:
 def _batches(
     store: Store, view: View, requests: Callable[[], Iterator[list[Request]]], settings: LoaderSettings, world: World
 ) -> Iterator[Batch]:
-    cuda = world.device.type == "cuda"
+    cuda = world.device.type == "cuda"  # there, torch copies each batch to pinned memory, and the slots would not help
+    rows = settings.micro_batch
+    slots = _Slots(0 if cuda else settings.workers * (AHEAD + 1), (rows, view.size, view.size, 3))
     loader = DataLoader(
-        _Views(store, view, settings.skip),
-        batch_sampler=requests(),  # pyright: ignore[reportArgumentType] (any iterable of lists will do)
-        collate_fn=_Collate(settings.micro_batch, view.size),
+        _Views(store, view, rows, settings.skip, slots),
+        batch_sampler=((slots.take(), asked) for asked in requests()),  # pyright: ignore[reportArgumentType]
+        collate_fn=_as_it_is,
         num_workers=settings.workers,
         prefetch_factor=AHEAD if settings.workers else None,
         pin_memory=cuda,
@@ -213,7 +222,8 @@ def _batches(
         generator=torch.Generator(),  # its own: the global one belongs to the model's dropout
     )
     with worker_deaths(settings.workers):
-        yield from _sound(_on_device(loader, world.device) if cuda else loader)
+        batches = _named(loader, slots)
+        yield from _on_device(batches, world.device) if cuda else batches
 
 
 @contextmanager
@@ -229,28 +239,30 @@ def worker_deaths(workers: int) -> Iterator[None]:
         raise UserError("data.workers", got, "processes that live as long as the rank", remedy) from error
 
 
-def _sound(batches: Iterable[Batch | UserError]) -> Iterator[Batch]:
+def _named(loaded: Iterable[Loaded | UserError], slots: _Slots) -> Iterator[Batch]:
     """Batches as they are used: `pixels` uint8 (B, Y, X, 3), and of each row
 
     - `label`, `number` of the sample, `epoch`, `row` of the global batch (-1 where padded), `weight` (0 where padded)
     - `key`, 64 bits that stand for the sample's key, and `digest`, for its key in this row
     - `skipped`, 1 where the sample stands in for one that cannot be read
     """
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        numbers = dict(zip(NUMBERS, batch["numbers"], strict=True))
-        yield {"pixels": batch["pixels"], "weight": (numbers["row"] >= 0).float(), **numbers}
+    for each in loaded:
+        if isinstance(each, UserError):
+            raise each
+        slot, pixels, numbers = each
+        if pixels is None:
+            assert slot is not None
+            pixels = slots.lend(slot)
+        named = dict(zip(NUMBERS, numbers, strict=True))
+        yield {"pixels": pixels, "weight": (named["row"] >= 0).float(), **named}
+        del pixels  # else its slot is not free before the next one came
 
 
-def _on_device(batches: Iterable[Batch | UserError], device: torch.device) -> Iterator[Batch | UserError]:
+def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Each batch on a GPU, copied on a stream of its own while the one before it is worked on."""
     copying = torch.cuda.Stream(device)
     waiting: deque[tuple[Batch, torch.cuda.Event]] = deque()
     for batch in batches:
-        if isinstance(batch, UserError):
-            yield batch
-            return
         with torch.cuda.stream(copying):
             moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             waiting.append((moved, copying.record_event()))

@@ -383,3 +383,18 @@ def test_sidecars_in_memory_are_bounded(digits: Any, monkeypatch: pytest.MonkeyP
         held = sum(len(sidecar.labels) for sidecar in store._sidecars.values())
         assert held <= 700
     assert [store.read(n) for n in range(0, 1438, 97)] == [free.read(n) for n in range(0, 1438, 97)]
+
+
+def test_pixels_stay_as_long_as_anything_of_them_is_held(digits: Any) -> None:
+    """Workers write into memory that is used again: not while a part of a batch, though not the batch, is kept."""
+    store = Store(str(digits.train), "data.train")
+    view, world = TrainingView(16, AugmentConfig(), 0), World(0, 1, 0, CPU)
+
+    def pixels(workers: int, kept: slice) -> list[torch.Tensor]:
+        settings = LoaderSettings(25, workers)
+        batches = training_batches(store, order_for(store), view, settings, world, range(28))
+        return [batch["pixels"][kept] for number, batch in enumerate(batches) if number % 3 == 0]
+
+    expected = pixels(0, slice(None))
+    assert all(map(torch.equal, pixels(2, slice(None)), expected))
+    assert all(torch.equal(ours, whole[3:5]) for ours, whole in zip(pixels(1, slice(3, 5)), expected, strict=True))
