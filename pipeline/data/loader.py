@@ -109,14 +109,18 @@ def training_batches(
 
 
 def evaluation_batches(store: Store, view: View, settings: LoaderSettings, world: World) -> Iterator[Batch]:
-    """This rank's share of every sample once: as many batches on every rank, some of them padding alone."""
+    """This rank's share of every sample once: as many batches on every rank, some of them padding alone.
+
+    A row whose sample cannot be read has weight zero, where `settings` say to go on without it.
+    """
     micros = order.micro_batches(np.arange(len(store)), world.rank, world.size, settings.micro_batch)
 
     def requests() -> Iterator[list[Request]]:
         for micro in micros:
             yield [Request(int(number), 0, int(number)) for number in micro]
 
-    return _batches(store, view, requests, settings, world)
+    for batch in _batches(store, view, requests, settings, world):
+        yield {**batch, "weight": batch["weight"] * (batch["skipped"] == 0)}
 
 
 class _Slots:

@@ -192,6 +192,18 @@ def test_an_image_that_does_not_decode_is_named(
         list(batches)
 
 
+def test_evaluation_goes_on_without_an_image_if_told_to(
+    digits: Any, tmp_path: Path, corrupt: Callable[[Path], str]
+) -> None:
+    folder = copytree(digits.test, tmp_path / "test")
+    corrupt(next(folder.glob("*.tar")))
+    world, settings = World(0, 1, 0, CPU), LoaderSettings(16, 0, skip=True)
+    batches = list(evaluation_batches(Store(str(folder), "data.val"), EvaluationView(PREPROCESS), settings, world))
+    assert sum(int(batch["skipped"].sum()) for batch in batches) == 1
+    counted = torch.cat([batch["number"][batch["weight"] > 0] for batch in batches])
+    assert sorted(counted.tolist()) == [number for number in range(359) if number != 5]
+
+
 @pytest.fixture
 def corrupt() -> Callable[[Path], str]:
     """Overwrite the first image of a tar with zeros; returns its key."""
