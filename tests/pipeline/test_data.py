@@ -1,8 +1,6 @@
 """Samples, views and batches."""
 
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -29,7 +27,6 @@ from vitscale.pipeline.data.loader import (
     TrainingView,
     evaluation_batches,
     training_batches,
-    worker_deaths,
 )
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World
@@ -365,26 +362,6 @@ def test_a_read_that_fails_once_is_tried_again(digits: Any, tmp_path: Path, monk
     tar.write_bytes(b"")
     monkeypatch.setattr(time, "sleep", lambda seconds: tar.write_bytes(whole))  # the file comes back in the meantime
     assert store.read(0) == expected
-
-
-def test_a_killed_worker_is_told_and_does_not_hang(digits: Any) -> None:
-    store = Store(str(digits.train), "data.train")
-    view, world = TrainingView(16, AugmentConfig(), 0), World(0, 1, 0, CPU)
-    batches = training_batches(store, order_for(store), view, LoaderSettings(50, 2), world, range(100_000))
-    next(batches)
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    victim = next(
-        c for c in children if Path(f"/proc/{c}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes()
-    )
-
-    def kill() -> None:
-        with worker_deaths(2):
-            os.kill(int(victim), signal.SIGKILL)
-            for _ in batches:
-                pass
-
-    with pytest.raises(UserError, match=r"data\.workers: got 2, of which one died"):
-        kill()
 
 
 def test_sidecars_in_memory_are_bounded(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,20 @@ def test_a_killed_rank_ends_the_run_and_is_named(digits: Any, tmp_path: Path) ->
     assert "SIGKILL" in last, said
 
 
+def test_a_killed_loader_process_ends_the_run_and_is_named(digits: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = words(digits, folder, "data.workers=2", "train.duration=2000")
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(folder / "checkpoints" / "step-00000004", running)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    victim = next(child for child in children if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes())
+    os.kill(int(victim), signal.SIGKILL)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert "data.workers: got 2, of which one died (DataLoader worker" in said
+    assert "Traceback" not in said
+
+
 def wait_for(path: Path, running: subprocess.Popen) -> None:
     """Until `path` is there; fails if the process ends first or a minute goes by."""
     for _ in range(1200):
