@@ -79,9 +79,9 @@ class LocalExecutor:
     def __enter__(self) -> "LocalExecutor":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        if self._pool is not None:  # tasks may still write after an exception; without one all have come to an end
+            self._pool.shutdown(wait=kind is not None, cancel_futures=True)
             self._pool = None
 
 
