@@ -273,7 +273,8 @@ def _answered(url: str) -> Iterator[None]:
         raise
     except Exception as error:
         got = f"{url} ({' '.join(f'{type(error).__name__}: {error}'.split())})"
-        raise UserError("storage", got, "an object store that answers", "Run again, to go on from here.") from error
+        remedy = "Check network and credentials, and run again: it goes on from here."
+        raise UserError("storage", got, "an object store that answers", remedy) from error
 
 
 def _checked(name: str) -> str:
