@@ -23,9 +23,11 @@ from vitscale.model.registry import ModelConfig
 from vitscale.pipeline.schedule import KINDS
 
 T = TypeVar("T")
+OPTIMIZERS = ("adamw", "sgd", "lion", "lamb", "adafactor", "muon")
+STAGE_0_OPTIMIZERS = ("adafactor", "muon")
 DEEPSPEED_OWNED = {  # keys of DeepSpeed's configuration that the recipe's own settings decide
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_optimization.stage", "bf16", "fp16", "torch_autocast", "data_types", "optimizer", "scheduler",
+    "zero_optimization.stage", "bf16", "fp16.enabled", "torch_autocast", "data_types", "optimizer", "scheduler",
 }  # fmt: skip
 
 
@@ -45,11 +47,15 @@ def require_choice(setting: str, got: str, choices: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """`run:` – where it is written, the seed of weights, data order and augmentation, and how often it is logged."""
+    """`run:` – where it is written, the seed of weights, data order and augmentation, and how often it is logged.
+
+    `dir`: a folder, or a URL of an object store. `wandb`: the project of Weights & Biases to log to as well.
+    """
 
     dir: str = ""
     seed: int = 0
     log_every: int = 10
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "run.seed", self.seed, "a whole number from 0 to 2147483647", "Choose another.")
@@ -147,22 +153,33 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """`objective:` – what is learnt. `supervised`: softmax cross-entropy with `label_smoothing`."""
+    """`objective:` – what is learnt: classes, with `label_smoothing`.
+
+    `loss`: `softmax` cross-entropy, or `sigmoid`, binary cross-entropy summed over the classes (Beyer et al. 2020; for
+    datasets with several labels an image, and DeiT III).
+    """
 
     name: str = "supervised"
+    loss: str = "softmax"
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         require_choice("objective.name", self.name, ("supervised",))
+        require_choice("objective.loss", self.loss, ("softmax", "sigmoid"))
         value = self.label_smoothing
         require(0 <= value < 1, "objective.label_smoothing", value, "a share in [0, 1)", "Often 0.1.")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """`optim:` – AdamW at peak rate `lr`; decay spares norms, biases, positions and the class token.
+    """`optim:` – the optimizer at peak rate `lr`; `clip` bounds the global norm of the gradient (0: no bound).
 
-    `clip` bounds the global norm of the gradient (0: no bound).
+    `name`: `adamw`, `sgd` (with `momentum`), `lion` or `lamb`; at ZeRO stage 0 also `adafactor` (that of Zhai et al.
+    2022, with `beta1` for its momentum) and `muon` (`momentum` 0.95 for the blocks' matrices). Norms, biases, positions
+    and tokens are never decayed, the classifier by `head_weight_decay` where that is set. `layer_decay` multiplies the
+    rate once more for every block further from the head (Bao et al. 2021). `ema` is the decay of a Polyak average of
+    the weights, which is then evaluated and exported (0: none). The decay of `sgd` is part of its gradient; `lion`
+    usually has `beta2` 0.99 and a third to a tenth of AdamW's rate.
     """
 
     name: str = "adamw"
@@ -170,16 +187,24 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    momentum: float = 0.9
     weight_decay: float = 0.1
+    head_weight_decay: float | None = None
+    layer_decay: float = 1.0
     clip: float = 1.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
-        require_choice("optim.name", self.name, ("adamw",))
+        require_choice("optim.name", self.name, OPTIMIZERS)
         require(self.lr > 0, "optim.lr", self.lr, "a number above 0", "The paper uses 3e-4 to 3e-3.")
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "momentum", "ema"):
             require(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "in [0, 1)", "Often 0.9, 0.999.")
-        for key in ("weight_decay", "clip", "eps"):
+        require(self.eps > 0, "optim.eps", self.eps, "a number above 0", "Often 1e-8.")  # else zero gradients give nan
+        for key in ("weight_decay", "clip"):
             require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "at least 0", "0 turns it off.")
+        head = self.head_weight_decay
+        require(head is None or head >= 0, "optim.head_weight_decay", head, "at least 0, or null", "null: as others.")
+        require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1]", "Often 0.75; 1: none.")
 
 
 @dataclass(frozen=True)
@@ -215,27 +240,47 @@ class TrainConfig:
 class EngineConfig:
     """`engine:` – DeepSpeed. `micro_batch` images per rank and forward; the rest of the global batch accumulates.
 
-    `device`: `auto` takes GPUs where there are any. `dtype`: `fp32` or `bf16` (weights in bf16, float32 masters;
-    ZeRO stages 1 to 3). `deepspeed` is merged into DeepSpeed's own configuration.
+    `micro_batch=auto` finds the largest that fits by trial. `device`: `auto` takes GPUs where there are any. `dtype`:
+    `fp32`; `bf16` or `fp16` (weights in 16 bits, float32 masters; ZeRO stages 1 to 3; `fp16` with a dynamic loss
+    scale). `tf32` lets GPUs round factors of float32 products to 10 bits. `offload` keeps the `optimizer` state, or
+    `all` parameters as well (stage 3), in the host's memory; `auto` where the GPU's does not suffice. `recompute`
+    keeps the `blocks`' inputs alone and computes the rest again in the backward pass. `compile`: by torch.compile.
+    `deepspeed` is merged into DeepSpeed's own configuration.
     """
 
     device: str = "auto"
     zero_stage: int = 2
     dtype: str = "fp32"
-    micro_batch: int = 64
+    micro_batch: Any = 64
+    tf32: bool = True
+    offload: str = "auto"
+    recompute: str = "none"
+    compile: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_choice("engine.device", self.device, ("auto", "cpu", "cuda"))
-        require_choice("engine.dtype", self.dtype, ("fp32", "bf16"))
+        require_choice("engine.dtype", self.dtype, ("fp32", "bf16", "fp16"))
+        require_choice("engine.offload", self.offload, ("auto", "none", "optimizer", "all"))
+        require_choice("engine.recompute", self.recompute, ("none", "blocks"))
         require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3", "2 is usual.")
-        require(self.micro_batch > 0, "engine.micro_batch", self.micro_batch, "at least 1 image", "Set a larger one.")
+        size = self.micro_batch
+        whole = size == "auto" or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
+        require(whole, "engine.micro_batch", size, "at least 1 image, or auto", "Set a larger one.")
         require(
             self.dtype == "fp32" or self.zero_stage > 0,
             "engine.dtype",
             f"{self.dtype} with engine.zero_stage 0",
-            "bf16 with ZeRO stage 1, 2 or 3, which keep float32 masters in named ranges",
+            "16 bits with ZeRO stage 1, 2 or 3, which keep float32 masters in named ranges",
             "Set engine.zero_stage=1.",
+        )
+        least = {"auto": 0, "none": 0, "optimizer": 1, "all": 3}[self.offload]
+        require(
+            self.zero_stage >= least,
+            "engine.offload",
+            f"{self.offload} with engine.zero_stage {self.zero_stage}",
+            f"ZeRO stage {least} or more",
+            f"Set engine.zero_stage={least}.",
         )
         for key in flatten(self.deepspeed):
             require(
@@ -249,13 +294,63 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`checkpoint:` – save every so often (a duration, `0` only at the end), keep the newest `keep`."""
+    """`checkpoint:` – save every so often (a duration, `0` only at the end), keep the newest `keep`.
+
+    `keep_every`: one of each so long duration is never removed (`0`: none). `background`: written while training goes
+    on, from a copy in the host's memory.
+    """
 
     every: str = "1ep"
     keep: int = 2
+    keep_every: str = "0"
+    background: bool = True
 
     def __post_init__(self) -> None:
         require(self.keep > 0, "checkpoint.keep", self.keep, "at least 1 checkpoint", "Set it to 2.")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """`guard:` – what happens when training goes wrong.
+
+    A step whose loss or gradient is not finite is not taken, and recorded in `incidents/` of the run's folder; nor is
+    one whose loss exceeds `spike` times the median of the last 100 (0: off). After `patience` such steps in a row the
+    run goes back to its last checkpoint and passes over the data that led there, `rollbacks` times at most, then stops.
+    A step of more than `step_timeout` seconds ends the run, with the stacks of every rank in `hangs/` (0: off). Every
+    `compare_every` steps the ranks compare their weights (0: never).
+    """
+
+    patience: int = 3
+    rollbacks: int = 3
+    spike: float = 0.0
+    step_timeout: float = 1800.0
+    compare_every: int = 1000
+
+    def __post_init__(self) -> None:
+        require(self.patience > 0, "guard.patience", self.patience, "at least 1 step", "3, say.")
+        for key in ("rollbacks", "step_timeout", "compare_every"):
+            require(getattr(self, key) >= 0, f"guard.{key}", getattr(self, key), "at least 0", "0 turns it off.")
+        require(self.spike == 0 or self.spike > 1, "guard.spike", self.spike, "0, or a factor above 1", "3, say.")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """`profile:` – a trace for Chrome and a table of operators of some steps, such as `10-15` (the 15th excluded)."""
+
+    steps: str = ""
+
+    def __post_init__(self) -> None:
+        _ = self.window
+
+    @property
+    def window(self) -> range:
+        """The profiled steps, counted from 0; empty for none."""
+        if not self.steps:
+            return range(0)
+        first, _, last = self.steps.partition("-")
+        sound = first.isdecimal() and last.isdecimal() and int(first) < int(last)
+        require(sound, "profile.steps", repr(self.steps), "FIRST-LAST in steps, such as 10-15", "Write it like that.")
+        return range(int(first), int(last))
 
 
 @dataclass(frozen=True)
@@ -281,6 +376,8 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -291,6 +388,15 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         rows.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return rows
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts merged key by key, `over` winning."""
+    merged = dict(under)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged
 
 
 def to_dict(config: Any) -> dict[str, Any]:
