@@ -1,5 +1,6 @@
 """The encoder block: multi-head self-attention and an MLP, each behind a layer norm and a residual."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +39,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm encoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm encoder block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `keep_2B` multiplies the two branches of each image (stochastic depth); None leaves them as they are.
+    """
 
     def __init__(self, width: int, heads: int, mlp_width: int, dropout: float) -> None:
         super().__init__()
@@ -47,6 +51,22 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width, mlp_width, dropout)
 
-    def forward(self, tokens_BND: Tensor) -> Tensor:
-        tokens_BND = tokens_BND + self.attn(self.norm1(tokens_BND))
-        return tokens_BND + self.mlp(self.norm2(tokens_BND))
+    def forward(self, tokens_BND: Tensor, keep_2B: Tensor | None = None) -> Tensor:
+        attended_BND = self.attn(self.norm1(tokens_BND))
+        tokens_BND = tokens_BND + (attended_BND if keep_2B is None else attended_BND * keep_2B[0, :, None, None])
+        changed_BND = self.mlp(self.norm2(tokens_BND))
+        return tokens_BND + (changed_BND if keep_2B is None else changed_BND * keep_2B[1, :, None, None])
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the forward of every `Block` within: one graph, which all blocks share, without breaks.
+
+    Names in the state dict stay, and so do hooks on a block, which run before and after what is compiled: those that
+    gather partitioned weights have to be on blocks as a whole, none on the modules within. What makes another graph is
+    another micro batch, image size or dtype, the change between training and evaluation, and stochastic depth; torch
+    raises an error after eight (`torch._dynamo.config.recompile_limit`). Dropout draws other numbers than uncompiled
+    blocks do. A copy of a compiled model would run the weights of the original: copy first.
+    """
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)

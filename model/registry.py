@@ -39,7 +39,8 @@ class ViTConfig:
     """Everything that fixes the architecture of a Vision Transformer; stored with checkpoints and exports.
 
     `img_size` and `patch_size` are sides in pixels. `pre_logits` adds the paper's pretraining head: one hidden tanh
-    layer of width D before the classifier. Raises `UserError` for sizes that do not fit each other.
+    layer of width D before the classifier. `drop_path` is the rate of stochastic depth at the last block: the caller of
+    a network draws the branches to drop. Raises `UserError` for sizes that do not fit each other.
     """
 
     img_size: int
@@ -51,6 +52,7 @@ class ViTConfig:
     num_classes: int
     dropout: float = 0.0
     pre_logits: bool = False
+    drop_path: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("img_size", "patch_size", "depth", "width", "mlp_width", "heads", "num_classes"):
@@ -74,6 +76,8 @@ class ViTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError("model.dropout", self.dropout, "a probability in [0, 1)", "The paper uses 0 or 0.1.")
+        if not 0 <= self.drop_path < 1:
+            raise UserError("model.drop_path", self.drop_path, "a probability in [0, 1)", "DeiT uses 0.1.")
 
     @property
     def grid(self) -> int:
@@ -83,7 +87,11 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`model:` – a named architecture, and what differs from it (null: as named). Image and patch in px."""
+    """`model:` – a named architecture, and what differs from it (null: as named). Image and patch in px.
+
+    `drop_path`: an image passes a branch of the last block by with this probability in training, one of an earlier
+    block with one that rises linearly from 0 at the first (stochastic depth, Huang et al. 2016; DeiT: 0.1).
+    """
 
     name: str = "vit_base_patch16_224"
     img_size: int | None = None
@@ -93,6 +101,7 @@ class ModelConfig:
     mlp_width: int | None = None
     heads: int | None = None
     dropout: float = 0.0
+    drop_path: float = 0.0
     pre_logits: bool = False
 
     def __post_init__(self) -> None:
@@ -113,8 +122,9 @@ class ModelConfig:
         named = {"img_size": int(match["img"]), "patch_size": int(match["patch"]), **asdict(SIZES[match["size"]])}
         changed = {key: getattr(self, key) for key in named if getattr(self, key) is not None}
         return ViTConfig(
-            **{**named, **changed}, num_classes=num_classes, dropout=self.dropout, pre_logits=self.pre_logits
-        )
+            **{**named, **changed}, num_classes=num_classes, dropout=self.dropout, pre_logits=self.pre_logits,
+            drop_path=self.drop_path,
+        )  # fmt: skip
 
 
 def list_models() -> list[str]:

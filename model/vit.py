@@ -1,25 +1,36 @@
 """The Vision Transformer of "An Image is Worth 16x16 Words" (Dosovitskiy et al. 2020, arXiv:2010.11929)."""
 
-import hashlib
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitscale.model.embed import PatchEmbed, resize_pos_embed
 from vitscale.model.heads import PreLogits
+from vitscale.model.initial import initialise
 from vitscale.model.layers import NORM_EPS, Block
 from vitscale.model.registry import ViTConfig
+
+HEAD = ("head.", "pre_logits.")  # the classifier and the hidden layer before it
 
 
 class VisionTransformer(nn.Module):
     """Patches and a class token with learned positions → pre-norm encoder → classifier on the class token.
 
-    `forward`: float images (B, 3, Y, X) of `config.img_size` → logits (B, K). Parameter names are timm's.
-    Initial weights depend on `seed` and each parameter's name alone, not on the order of construction.
+    `forward`: float images (B, 3, Y, X) of `config.img_size` → logits (B, K). Parameter names are timm's. `keep_L2B`
+    are the factors of the two branches of each block, image by image, for stochastic depth in training (Huang et al.
+    2016): 0 where a branch is dropped, 1 / (1 - rate) where it is kept. None, as in evaluation, keeps them all.
+
+    Initial weights are `initial_weight(…, seed)`; with None they are left as torch makes them, which is for
+    parameters that are partitioned over ranks as they are made. `recompute`, to be set from outside, keeps of each
+    block in training its input alone, and computes the rest again in the backward pass (Chen et al. 2016).
     """
 
-    def __init__(self, config: ViTConfig, seed: int = 0) -> None:
+    recompute = False
+
+    def __init__(self, config: ViTConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
@@ -32,85 +43,65 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.pre_logits = PreLogits(config.width) if config.pre_logits else nn.Identity()
         self.head = nn.Linear(config.width, config.num_classes)
-        initialise(self, seed)
+        if seed is not None:
+            initialise(self, seed)
 
-    def forward(self, images_BCYX: Tensor) -> Tensor:
-        return self.head(self.pre_logits(self.forward_features(images_BCYX)[:, 0]))
+    def forward(self, images_BCYX: Tensor, keep_L2B: Tensor | None = None) -> Tensor:
+        return self.head(self.pre_logits(self.forward_features(images_BCYX, keep_L2B)[:, 0]))
 
-    def forward_features(self, images_BCYX: Tensor) -> Tensor:
+    def forward_features(self, images_BCYX: Tensor, keep_L2B: Tensor | None = None) -> Tensor:
         """Normalised tokens of the last block (B, N, D), the class token first."""
         patches_BND = self.patch_embed(images_BCYX)
         class_B1D = self.cls_token.expand(len(patches_BND), -1, -1)
         tokens_BND = self.pos_drop(torch.cat([class_B1D, patches_BND], dim=1) + self.pos_embed)
-        for block in self.blocks:
-            tokens_BND = block(tokens_BND)
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
+        factors = [None] * len(self.blocks) if keep_L2B is None else keep_L2B.to(tokens_BND.dtype)
+        for block, keep_2B in zip(self.blocks, factors, strict=True):
+            if recompute:
+                # the variant without a backward pass within: under ZeRO-3 each weight is then gathered no more often
+                tokens_BND = checkpoint(block, tokens_BND, keep_2B, use_reentrant=False)
+            else:
+                tokens_BND = block(tokens_BND, keep_2B)
         return self.norm(tokens_BND)
 
 
-@torch.no_grad()
-def initialise(model: VisionTransformer, seed: int) -> None:
-    """Initial weights as in the paper's own code (google-research/vision_transformer, `vit_jax/models_vit.py`).
+def adapt_weights(
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    config: ViTConfig,
+    own_shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[set[str], Callable[[str], Tensor], list[str]]:
+    """Fit pretrained weights, of these `shapes` and read by name, to a network of `config` and `own_shapes`.
 
-    Xavier uniform for the dense layers of the encoder, with query, key and value taken as three layers; MLP biases
-    N(0, 1e-6); positions N(0, 0.02); LeCun normal for the patches and the hidden layer of the head; all else zero
-    (class token, classifier, other biases) or one (norm scales).
+    Returns the names of those kept, a function that reads one of them, adapted, and a line for each thing that is not
+    kept as it is. Positions are interpolated (`resize_pos_embed`); the classifier and the hidden layer before it are
+    left out, so that the network keeps its own (zero-initialised) head. Nothing is read before that function is called.
+    Raises `ValueError` naming the tensors that are missing, unexpected or of another shape.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:  # a shape without memory: weights are put in later
-            continue
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        fan_in = parameter[0].numel()
-        if name == "pos_embed":
-            parameter.normal_(std=0.02, generator=generator)
-        elif name.endswith("qkv.weight"):
-            bound = math.sqrt(6 / (2 * fan_in))
-            parameter.uniform_(-bound, bound, generator=generator)
-        elif name.startswith("blocks.") and parameter.ndim == 2:
-            bound = math.sqrt(6 / (fan_in + len(parameter)))
-            parameter.uniform_(-bound, bound, generator=generator)
-        elif name.startswith("blocks.") and ".mlp." in name:
-            parameter.normal_(std=1e-6, generator=generator)
-        elif name in ("patch_embed.proj.weight", "pre_logits.fc.weight"):
-            nn.init.trunc_normal_(parameter, std=lecun_std(fan_in), a=-2 * lecun_std(fan_in), b=2 * lecun_std(fan_in),
-                                  generator=generator)  # fmt: skip
-        elif "norm" in name and name.endswith("weight"):
-            parameter.fill_(1.0)
-        else:
-            parameter.zero_()
-
-
-def lecun_std(fan_in: int) -> float:
-    """Deviation to give a normal cut at two deviations so that the result has variance 1 / fan_in (as in JAX)."""
-    return math.sqrt(1 / fan_in) / 0.87962566103423978
-
-
-def adapt_weights(weights: dict[str, Tensor], model: VisionTransformer) -> tuple[dict[str, Tensor], list[str]]:
-    """Fit pretrained `weights` to a `model` of another resolution, with a new head.
-
-    Returns what to load and one line for each thing that was not kept as it is. Positions are interpolated
-    (`resize_pos_embed`); the classifier and the hidden layer before it are left out, so that the model keeps its own
-    (zero-initialised) head. Raises `ValueError` naming the tensors that are missing, unexpected or of another shape.
-    """
-    own, notes = model.state_dict(), []
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(("head.", "pre_logits."))}
-    if "pos_embed" in kept and kept["pos_embed"].shape[2] == model.config.width:
-        before, after = math.isqrt(kept["pos_embed"].shape[1] - 1), model.config.grid
+    kept = {name: tuple(shape) for name, shape in shapes.items() if not name.startswith(HEAD)}
+    own = {name: tuple(shape) for name, shape in own_shapes.items() if not name.startswith(HEAD)}
+    notes, grid = [], None
+    positions = kept.get("pos_embed", ())
+    if len(positions) == 3 and positions[2] == config.width:
+        patches = positions[1] - 1
+        before, after = math.isqrt(max(patches, 0)), config.grid
         if before != after:
-            kept["pos_embed"] = resize_pos_embed(kept["pos_embed"], (after, after))
+            if before**2 != patches:
+                raise ValueError(f"position embeddings of {patches} patches do not form a square grid")
+            grid, kept["pos_embed"] = (after, after), (*positions[:1], after**2 + 1, config.width)
             notes.append(f"position embeddings interpolated from {before}×{before} to {after}×{after}")
-    expected = {name for name in own if not name.startswith(("head.", "pre_logits."))}
-    wrong = [f"{name} is missing" for name in sorted(expected - kept.keys())]
-    wrong += [f"{name} is unexpected" for name in sorted(kept.keys() - expected)]
-    wrong += [
-        f"{name} is {tuple(kept[name].shape)}, not {tuple(own[name].shape)}"
-        for name in sorted(expected & kept.keys())
-        if kept[name].shape != own[name].shape
-    ]
+    wrong = [f"{name} is missing" for name in sorted(own.keys() - kept.keys())]
+    wrong += [f"{name} is unexpected" for name in sorted(kept.keys() - own.keys())]
+    both = sorted(own.keys() & kept.keys())
+    wrong += [f"{name} is {kept[name]}, not {own[name]}" for name in both if kept[name] != own[name]]
     if wrong:
         raise ValueError("; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
-    dropped = sorted(weights.keys() - kept.keys())
+    dropped = sorted(shapes.keys() - kept.keys())
     if dropped:
-        head = f"the new head for {model.config.num_classes} classes starts at zero"
-        notes.append(f"dropped {', '.join(dropped)}; {head}")
-    return kept, notes
+        notes.append(f"dropped {', '.join(dropped)}; the new head for {config.num_classes} classes starts at zero")
+
+    def adapted(name: str) -> Tensor:
+        weight = read(name)
+        return resize_pos_embed(weight, grid) if grid and name == "pos_embed" else weight
+
+    return set(kept), adapted, notes

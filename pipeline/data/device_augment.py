@@ -38,7 +38,7 @@ ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), 0.3
 TRIES = 10  # for a rectangle that fits the image, as in timm
 ONE = 1 << 16  # λ in fixed point
 
-RANDAUGMENT, ERASE, NOISE, MIX = range(4)  # streams that never meet
+RANDAUGMENT, ERASE, NOISE, MIX, DROP_PATH = range(5)  # streams that never meet
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed int64, like the two below
 
 
@@ -58,8 +58,9 @@ class DeviceAugment:
         """Augmented uint8 pixels (B, Y, X, 3), and the mixed labels (B, K) in float32, or None if nothing mixes.
 
         Takes `pixels`, `label` (B,), `weight` (B,; 0 for padding, which stays as it is), `key` (B,; 64 bits of the
-        sample key's hash), `epoch` (B,) and `row` (B,; number in the global batch). Pairs sit at rows 2j and 2j + 1; a
-        row without its neighbour is not mixed. With everything off, `pixels` itself comes back.
+        sample key's hash), `epoch` (B,) and `row` (B,; number in the global batch); instead of `label`, `targets`
+        (B, K; true for each label) where there are any. Pairs sit at rows 2j and 2j + 1; a row without its neighbour is
+        not mixed. With everything off, `pixels` itself comes back.
         """
         pixels = batch["pixels"]
         if self.config.randaugment_ops or self.config.erase:
@@ -141,7 +142,8 @@ class DeviceAugment:
         blend = pixels.int()
         blend.sub_(other).mul_(own).add_(ONE // 2).bitwise_right_shift_(16).add_(other)  # other + share * (own - other)
         kinds = torch.arange(self.classes, device=device)
-        mine, theirs = (label[:, None] == kinds for label in (batch["label"], batch["label"][partner]))
+        mine = batch["targets"] if "targets" in batch else batch["label"][:, None] == kinds
+        theirs = mine[partner]
         targets = mine * (1 - given).float()[:, None] + theirs * given.float()[:, None]
         return blend.to(torch.uint8), targets
 

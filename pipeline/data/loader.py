@@ -20,6 +20,7 @@ from vitscale.pipeline.data.augment import Pixels, Preprocess, key_number, train
 from vitscale.pipeline.data.order import Order
 from vitscale.pipeline.data.store import Sample, Store
 from vitscale.pipeline.distributed import World, die_with_parent
+from vitscale.pipeline.signals import leave_stopping_to_the_rank
 
 Batch = dict[str, torch.Tensor]
 NUMBERS = ("label", "number", "epoch", "row", "key", "digest", "skipped")
@@ -150,13 +151,15 @@ class _Slots:
 
 Micro = tuple[int | None, list[Request]]  # a slot for its pixels, and what it asks for
 Loaded = tuple[int | None, torch.Tensor | None, torch.Tensor]  # slot, pixels where there is none, and numbers
+NONE = -1  # in place of a label, where an image has fewer of them than another
 
 
 class _Views(Dataset):
     """Map-style dataset of whole micro batches, padded to `rows` rows.
 
     Numbers are int64 (len(NUMBERS), B): in one tensor, as each takes a file descriptor and a message on its way out of
-    a worker. A `UserError` is returned, not raised: workers would lose its text.
+    a worker. Of a multi-label set the labels follow in further rows, as many as the image with the most of them has.
+    A `UserError` is returned, not raised: workers would lose its text.
     """
 
     def __init__(self, store: Store, view: View, rows: int, skip: bool, slots: _Slots) -> None:
@@ -169,15 +172,26 @@ class _Views(Dataset):
         numbers = np.zeros((len(NUMBERS), self.rows), dtype=np.int64)
         numbers[NUMBERS.index("row")] = -1
         pixels[len(requests) :] = 0
+        labels: list[tuple[int, ...]] = []
         try:
             for i, request in enumerate(requests):
                 pixels[i], sample, number = self._row(request)
                 skipped, key = number != request.number, key_number(sample.key)
                 digest = key_number(f"{request.row} {sample.key}")
                 numbers[:, i] = sample.label, number, request.epoch, request.row, key, digest, skipped
+                labels.append(sample.labels)
         except UserError as error:
             return error
+        if self.store.multi:
+            numbers = np.concatenate([numbers, self._rows_of(labels)])
         return slot, torch.from_numpy(pixels) if slot is None else None, torch.from_numpy(numbers)
+
+    def _rows_of(self, labels: list[tuple[int, ...]]) -> np.ndarray:
+        """Labels of each image, one below the other: int64 (most labels of an image, at least 1; B)."""
+        rows = np.full((max([1, *map(len, labels)]), self.rows), NONE, dtype=np.int64)
+        for i, each in enumerate(labels):
+            rows[: len(each), i] = each
+        return rows
 
     def _row(self, request: Request) -> tuple[Pixels, Sample, int]:
         """A view, its sample, and its number: that of another sample where it stands in for the one asked for."""
@@ -207,6 +221,7 @@ def _as_it_is(loaded: Loaded | UserError) -> Loaded | UserError:
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # not 1, which would wait for threads that a fork does not take along
     die_with_parent()
+    leave_stopping_to_the_rank()
 
 
 def _batches(
@@ -227,7 +242,8 @@ def _batches(
     )
     with worker_deaths(settings.workers):
         batches = _named(loader, slots)
-        yield from _on_device(batches, world.device) if cuda else batches
+        batches = _on_device(batches, world.device) if cuda else batches
+        yield from _with_targets(batches, len(store.classes)) if store.multi else batches
 
 
 @contextmanager
@@ -247,6 +263,7 @@ def _named(loaded: Iterable[Loaded | UserError], slots: _Slots) -> Iterator[Batc
     """Batches as they are used: `pixels` uint8 (B, Y, X, 3), and of each row
 
     - `label`, `number` of the sample, `epoch`, `row` of the global batch (-1 where padded), `weight` (0 where padded)
+    - of multi-label sets `labels` (M, B), -1 where a row has fewer; `label` means nothing there
     - `key`, 64 bits that stand for the sample's key, and `digest`, for its key in this row
     - `skipped`, 1 where the sample stands in for one that cannot be read
     """
@@ -257,9 +274,24 @@ def _named(loaded: Iterable[Loaded | UserError], slots: _Slots) -> Iterator[Batc
         if pixels is None:
             assert slot is not None
             pixels = slots.lend(slot)
-        named = dict(zip(NUMBERS, numbers, strict=True))
+        named = dict(zip(NUMBERS, numbers, strict=False))
+        if len(numbers) > len(NUMBERS):
+            named["labels"] = numbers[len(NUMBERS) :]
         yield {"pixels": pixels, "weight": (named["row"] >= 0).float(), **named}
         del pixels  # else its slot is not free before the next one came
+
+
+def _with_targets(batches: Iterator[Batch], classes: int) -> Iterator[Batch]:
+    """Batches of a multi-label set with `targets`, bool (B, K), true for the labels of each image.
+
+    Made where they are used: of 21,843 classes, those of 256 images take 5.6 MB.
+    """
+    for batch in batches:
+        labels = batch.pop("labels")
+        targets = torch.zeros((labels.shape[1], classes + 1), dtype=torch.bool, device=labels.device)
+        targets.scatter_(1, torch.where(labels < 0, classes, labels).T, True)
+        yield {**batch, "targets": targets[:, :classes]}
+        del batch  # and the slot of its pixels
 
 
 def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

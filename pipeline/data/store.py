@@ -13,8 +13,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from vitscale.data_prep.manifest import Dataset, ShardEntry, ShardSamples, read_dataset, read_samples
+from vitscale.data_prep.manifest import (
+    NO_LABEL,
+    SAMPLES,
+    Dataset,
+    ShardEntry,
+    ShardSamples,
+    read_dataset,
+    read_samples,
+    read_table,
+    samples_name,
+)
+from vitscale.data_prep.sources import CLASS, MULTI
 from vitscale.data_prep.storage import LocalFolder
 from vitscale.errors import UserError
 from vitscale.pipeline.data.cache import ShardCache
@@ -27,12 +39,30 @@ PAUSE = 60.0  # seconds in which a shard that could not be read is not tried aga
 
 @dataclass(frozen=True)
 class Sample:
-    """One record's encoded image, its label, its key, and the tar that it came from."""
+    """One record's encoded image, its labels, its key, and the tar that it came from."""
 
     data: bytes
-    label: int
+    labels: tuple[int, ...]
     key: str
     shard: str
+
+    @property
+    def label(self) -> int:
+        """The one label of a sample that has one, else `NO_LABEL`."""
+        return self.labels[0] if len(self.labels) == 1 else NO_LABEL
+
+
+@dataclass(frozen=True)
+class _Sidecar(ShardSamples):
+    """The samples of a shard; of a multi-label set also all their labels in turn, and where those of each begin."""
+
+    values: np.ndarray | None = None  # int32
+    starts: np.ndarray | None = None  # int64 (samples + 1,)
+
+    def labels_of(self, row: int) -> tuple[int, ...]:
+        if self.values is None or self.starts is None:
+            return (int(self.labels[row]),)
+        return tuple(self.values[self.starts[row] : self.starts[row + 1]].tolist())
 
 
 @dataclass(frozen=True)
@@ -49,7 +79,7 @@ class Store:
     Sidecars are read when first needed, in each process anew; the last used tars stay open (`OPEN_FILES`), the last
     used sidecars in memory (`HELD_SAMPLES`). Shards in an object store are held on a local disk as `cache` says.
     `check` makes sure now that every shard is there. Raises `UserError` naming `setting` for a folder that is missing,
-    incomplete or damaged, and for folders whose classes differ.
+    incomplete or damaged, and for folders without labels, or whose classes differ.
     """
 
     def __init__(
@@ -59,11 +89,12 @@ class Store:
         paths = [paths] if isinstance(paths, str) else list(paths)
         self._datasets = [read_dataset(path, setting, check_files=check) for path in paths]
         for path, dataset in zip(paths, self._datasets, strict=True):
-            if dataset.labelled != "class":
+            if dataset.labelled not in (CLASS, MULTI):
                 got = f"{path}, whose labels are of the kind {dataset.labelled}"
-                raise UserError(
-                    setting, got, "a dataset with one class label an image", "Shard a source that has them."
-                )
+                raise UserError(setting, got, "a dataset with class labels", "Shard a source that has them.")
+            if dataset.labelled != self._datasets[0].labelled:
+                got = f"{path} and {paths[0]}, of which one has several labels an image"
+                raise UserError(setting, got, "datasets with labels of one kind", "Train on one of them.")
             if dataset.classes != self._datasets[0].classes:
                 got = f"{path}, with other classes than {paths[0]}"
                 raise UserError(
@@ -73,7 +104,7 @@ class Store:
         self._ends = np.cumsum([shard.samples for _, shard in self._shards])
         self._caches = [_cache(dataset, cache, setting) for dataset in self._datasets]
         self._files: OrderedDict[int, int] = OrderedDict()  # shard → descriptor, the last used at the end
-        self._sidecars: OrderedDict[int, ShardSamples] = OrderedDict()
+        self._sidecars: OrderedDict[int, _Sidecar] = OrderedDict()
         self._broken: dict[int, tuple[float, UserError]] = {}  # shards that could not be read, and when
 
     def __len__(self) -> int:
@@ -83,6 +114,11 @@ class Store:
     def sizes(self) -> list[np.ndarray]:
         """Of each dataset, the samples of its shards."""
         return [np.array([shard.samples for shard in dataset.shards]) for dataset in self._datasets]
+
+    @property
+    def multi(self) -> bool:
+        """Whether images have any number of labels, and not one each."""
+        return self._datasets[0].labelled == MULTI
 
     @property
     def remote(self) -> bool:
@@ -166,9 +202,9 @@ class Store:
         data = os.pread(file, length, int(sidecar.offsets[row]))
         if len(data) != length:
             raise OSError(errno.EIO, f"{len(data)} of {length} bytes of a sample")
-        return Sample(data, int(sidecar.labels[row]), sidecar.keys[row].decode(), self._shards[shard][1].name)
+        return Sample(data, sidecar.labels_of(row), sidecar.keys[row].decode(), self._shards[shard][1].name)
 
-    def _open(self, shard: int) -> tuple[ShardSamples, int]:
+    def _open(self, shard: int) -> tuple[_Sidecar, int]:
         if shard not in self._sidecars:
             sidecar = self._read_sidecar(shard)
             held = len(sidecar.labels) + sum(len(other.labels) for other in self._sidecars.values())
@@ -192,13 +228,18 @@ class Store:
                 os.close(self._files.pop(other))
         return cache.open(shard)
 
-    def _read_sidecar(self, shard: int) -> ShardSamples:
+    def _read_sidecar(self, shard: int) -> _Sidecar:
         dataset, entry = self._shards[shard]
-        samples = read_samples(dataset.folder, entry.name)
-        fits = (samples.labels >= 0) & (samples.labels < len(self.classes)) & (samples.lengths >= 0)
-        if len(samples.labels) != entry.samples or not (fits & (samples.offsets >= 0)).all():
+        if self.multi:
+            sidecar = _read_labels(dataset, entry)
+        else:
+            sidecar = _Sidecar(**vars(read_samples(dataset.folder, entry.name)))
+        labels = sidecar.labels if sidecar.values is None else sidecar.values
+        known = (labels >= 0) & (labels < len(self.classes))
+        placed = (sidecar.offsets >= 0) & (sidecar.lengths >= 0)
+        if len(sidecar.labels) != entry.samples or not (known.all() and placed.all()):
             raise IndexError("samples, labels, offsets or lengths that cannot be in its sidecar")
-        return replace(samples, keys=np.array(samples.keys, dtype=np.bytes_))  # a third of the memory of a list
+        return replace(sidecar, keys=np.array(sidecar.keys, dtype=np.bytes_))  # a third of the memory of a list
 
     def _forget(self, shard: int) -> None:
         self._sidecars.pop(shard, None)
@@ -212,6 +253,17 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:  # descriptors belong to one process
         return {**self.__dict__, "_files": OrderedDict(), "_sidecars": OrderedDict()}
+
+
+def _read_labels(dataset: Dataset, entry: ShardEntry) -> _Sidecar:
+    """The sidecar of a shard of a multi-label set. A sample without a list has no label."""
+    table = read_table(dataset.folder, samples_name(entry.name), SAMPLES)
+    label, offset, length = (table.column(name).to_numpy() for name in ("label", "offset", "length"))
+    lists = table.column("labels").combine_chunks()
+    values = pc.call_function("list_flatten", [lists]).fill_null(NO_LABEL)  # one that cannot be
+    counts = pc.call_function("list_value_length", [lists]).fill_null(0).to_numpy(zero_copy_only=False)
+    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    return _Sidecar(table.column("key").to_pylist(), label, offset, length, values.to_numpy(), starts)
 
 
 def _cache(dataset: Dataset, settings: CacheSettings | None, setting: str) -> ShardCache | None:

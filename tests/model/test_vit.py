@@ -1,6 +1,7 @@
 """The Vision Transformer against the paper, transformers' implementation, and its own rules."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitscale.errors import UserError
 from vitscale.model.embed import resize_pos_embed
+from vitscale.model.initial import initial_weight
 from vitscale.model.registry import ModelConfig, ViTConfig, create_model, list_models
 from vitscale.model.vit import VisionTransformer, adapt_weights
 
@@ -126,6 +128,36 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert not torch.equal(one["blocks.0.mlp.fc1.weight"], one["blocks.1.mlp.fc1.weight"])
 
 
+# first, second and last value of weights of `SMALL` with `pre_logits`, seed 5: they are the same in every version
+GOLDEN_WEIGHTS = {
+    "pos_embed": (-0.008805525489151478, -0.05088605359196663, -0.0016294379020109773),
+    "patch_embed.proj.weight": (0.013620368205010891, -0.051322538405656815, -0.04137526452541351),
+    "blocks.1.attn.qkv.weight": (0.1528809368610382, -0.12069675326347351, -0.1686277985572815),
+    "blocks.1.attn.proj.weight": (-0.190325528383255, -0.06378251314163208, 0.10300514101982117),
+    "blocks.1.mlp.fc1.weight": (0.09169960767030716, 0.07434775680303574, -0.044419337064027786),
+    "blocks.0.mlp.fc2.bias": (9.177481885558336e-09, -1.4948220439237048e-07, -4.6206255888137093e-07),
+    "pre_logits.fc.weight": (0.049427397549152374, -0.012414003722369671, -0.18912090361118317),
+}
+
+
+def test_initial_weights_are_functions_of_name_shape_and_seed() -> None:
+    model = VisionTransformer(replace(SMALL, pre_logits=True), seed=5)
+    for name, tensor in model.state_dict().items():
+        torch.manual_seed(len(name))
+        with torch.device("meta"):  # whatever else goes on
+            weight = initial_weight(name, tuple(tensor.shape), 5)
+        assert torch.equal(weight, tensor), name
+        if name in GOLDEN_WEIGHTS:
+            # logarithms and cosines of the vector units of other CPUs differ in the last bits
+            assert weight.flatten()[[0, 1, -1]].tolist() == pytest.approx(GOLDEN_WEIGHTS[name], rel=1e-5), name
+
+
+def test_weights_can_be_left_as_torch_makes_them() -> None:
+    torch.manual_seed(0)
+    left = VisionTransformer(SMALL, seed=None)
+    assert left.head.weight.abs().max() > 0  # ours would be zero
+
+
 def test_positions_follow_their_place_in_the_image() -> None:
     ramp = torch.arange(8, dtype=torch.float32)
     grid = torch.stack([ramp[:, None].expand(8, 8), ramp[None].expand(8, 8)], dim=-1)  # (row, column)
@@ -142,27 +174,125 @@ def test_positions_follow_their_place_in_the_image() -> None:
     assert resize_pos_embed(pos_embed, (4, 6)).shape == (1, 25, 2)
 
 
+def shapes_of(model: VisionTransformer) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def test_adapting_keeps_the_encoder_and_starts_the_head_at_zero() -> None:
-    before = VisionTransformer(ViTConfig(**{**vars(SMALL), "pre_logits": True}), seed=1)
-    after = VisionTransformer(ViTConfig(**{**vars(SMALL), "img_size": 48, "num_classes": 3}), seed=2)
-    weights, notes = adapt_weights(before.state_dict(), after)
-    missing = after.load_state_dict(weights, strict=False).missing_keys
+    before = VisionTransformer(replace(SMALL, pre_logits=True), seed=1)
+    after = VisionTransformer(replace(SMALL, img_size=48, num_classes=3), seed=2)
+    asked: list[str] = []
+
+    def read(name: str) -> torch.Tensor:
+        asked.append(name)
+        return before.state_dict()[name]
+
+    kept, adapted, notes = adapt_weights(shapes_of(before), read, after.config, shapes_of(after))
+    assert asked == []  # nothing is read before it is needed
+    missing = after.load_state_dict({name: adapted(name) for name in kept}, strict=False).missing_keys
     assert missing == ["head.weight", "head.bias"]
+    assert sorted(asked) == sorted(kept)
     name = "blocks.1.mlp.fc1.weight"
     assert torch.equal(after.state_dict()[name], before.state_dict()[name])
+    assert torch.equal(after.pos_embed, resize_pos_embed(before.pos_embed, (6, 6)))
     assert after(torch.randn(2, 3, 48, 48)).abs().max() == 0
-    assert "4×4 to 6×6" in notes[0]
-    assert "pre_logits.fc.weight" in notes[1]
+    assert notes == [
+        "position embeddings interpolated from 4×4 to 6×6",
+        "dropped head.bias, head.weight, pre_logits.fc.bias, pre_logits.fc.weight; "
+        "the new head for 3 classes starts at zero",
+    ]
 
 
 def test_adapting_names_the_tensors_that_do_not_fit() -> None:
     model = VisionTransformer(SMALL)
-    weights = {**model.state_dict(), "extra": torch.zeros(1), "norm.weight": torch.zeros(5)}
-    del weights["cls_token"]
+    shapes = {**shapes_of(model), "extra": (1,), "norm.weight": (5,)}
+    del shapes["cls_token"]
     with pytest.raises(
         ValueError, match=r"cls_token is missing; extra is unexpected; norm.weight is \(5,\), not \(48,"
     ):
-        adapt_weights(weights, model)
+        adapt_weights(shapes, model.get_parameter, SMALL, shapes_of(model))
+    shapes = {**shapes_of(model), "pos_embed": (1, 15, 48)}
+    with pytest.raises(ValueError, match="position embeddings of 14 patches do not form a square grid"):
+        adapt_weights(shapes, model.get_parameter, SMALL, shapes_of(model))
+
+
+def train_once(model: VisionTransformer, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits and gradients of a step in training mode, dropout drawn from one seed."""
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    logits = model.train()(images, keep)
+    return logits.detach(), list(torch.autograd.grad(logits.square().sum(), list(model.parameters())))
+
+
+def with_a_head(config: ViTConfig) -> VisionTransformer:
+    """A model whose classifier is not zero, so that gradients reach all of it."""
+    model = VisionTransformer(config, seed=1)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def test_dropped_branches_pass_an_image_by() -> None:
+    model, images = with_a_head(SMALL).eval(), torch.randn(3, 3, 32, 32)
+    keep = torch.ones(2, 2, 3)
+    assert torch.equal(model(images, keep), model(images))
+    keep[:, :, 1] = 0  # the second image: no branch at all
+    keep[1, 0, 2] = 0  # the third: no attention in the second block
+    logits = model(images, keep)
+    tokens = torch.cat([model.cls_token, model.patch_embed(images[1:2])], dim=1) + model.pos_embed
+    bare = with_a_head(SMALL).eval()
+    bare.get_parameter("blocks.1.attn.proj.weight").data.zero_()
+    assert torch.equal(logits[0], model(images)[0])
+    # the same sums, of one image instead of three
+    assert torch.allclose(logits[1], model.head(model.norm(tokens)[0, 0]), atol=1e-5)
+    assert torch.allclose(logits[2], bare(images[2:])[0], atol=1e-5)
+    doubled = model(images, torch.full((2, 2, 3), 2.0))
+    assert not torch.allclose(doubled, model(images))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputed_blocks_give_the_same_bits(dropout: float) -> None:
+    model = with_a_head(replace(SMALL, depth=3, dropout=dropout))
+    keep = torch.rand(3, 2, 5).round() * 2
+    for factors in (None, keep):
+        expected_logits, expected = train_once(model, factors)
+        model.recompute = True
+        logits, gradients = train_once(model, factors)
+        model.recompute = False
+        assert torch.equal(logits, expected_logits)
+        assert all(map(torch.equal, gradients, expected))
+
+
+def saved_elements(config: ViTConfig, recompute: bool) -> int:
+    """Elements of the activations that a forward keeps for the backward pass."""
+    model = VisionTransformer(config).train()
+    model.recompute, sizes = recompute, []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(0 if tensor.is_leaf else tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model(torch.randn(4, 3, 32, 32))
+    return sum(sizes)
+
+
+def test_recomputed_blocks_keep_their_input_alone() -> None:
+    deep, shallow = (replace(SMALL, depth=depth) for depth in (5, 2))
+    tokens = 4 * 17 * 48  # B N D
+    assert saved_elements(deep, True) - saved_elements(shallow, True) == 3 * tokens
+    # two norms, q k v, what they mix, projection's and both MLP layers' inputs: 12 times as much and more
+    assert saved_elements(deep, False) - saved_elements(shallow, False) > 3 * 12 * tokens
+
+
+def test_nothing_is_recomputed_where_there_is_no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitscale.model.vit.checkpoint", None)
+    model, images = VisionTransformer(SMALL), torch.randn(1, 3, 32, 32)
+    model.recompute = True
+    assert model.eval()(images).requires_grad
+    with torch.no_grad():
+        model.train()(images)
+    with pytest.raises(TypeError):
+        model(images)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +303,8 @@ def test_adapting_names_the_tensors_that_do_not_fit() -> None:
         ({"heads": 7}, "model.heads"),
         ({"depth": 0}, "model.depth"),
         ({"dropout": 1.0}, "model.dropout"),
+        ({"drop_path": 1.0}, "model.drop_path"),
+        ({"drop_path": -0.1}, "model.drop_path"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(options: dict, setting: str) -> None:

@@ -507,7 +507,7 @@ def test_what_one_process_fetched_ahead_is_not_pushed_out_by_another_ones_fetchi
     assert len(source.fetched) == 4
     said(other)
     assert digest(here.open(shards[1])) == shards[1].sha256  # what is needed now pushes out anything
-    assert len(held(place, shards)) == 4
+    wait_until(lambda: len(held(place, shards)) == 4)
 
 
 def test_claims_of_a_process_that_is_gone_lapse(ahead, place: Path) -> None:
