@@ -5,6 +5,7 @@ Like the command itself, it imports nothing heavy before it is needed.
 
 import functools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from vitscale.errors import UserError
+from vitscale.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER, Requeue, UserError, report_failure
+from vitscale.pipeline.signals import STOP_SIGNALS
 
 
 def settings_of(stage: str) -> Any:
@@ -39,22 +41,21 @@ class SettingsCommand(TyperCommand):
 
 
 def stage(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into one paragraph and an exit code: 2 for the user's, 1 for ours, 130 for Ctrl-C."""
+    """Turn errors into one paragraph and one of the exit codes of `vitscale.errors`."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        from vitscale.launch.local import report_failure
-
         try:
             function(*args, **kwargs)
         except UserError as error:
             if kwargs["debug"]:
                 traceback.print_exc()
             report_failure(f"error: {error}", cause=True)
-            _exit(2)
+            _exit(EXIT_USER)
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would show a traceback
             report_failure("interrupted; run the same command again to go on")
-            _exit(130)
+            _exit(EXIT_INTERRUPTED)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
@@ -62,7 +63,7 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             said = " ".join(str(error).split())
             report_failure(f"internal error: {type(error).__name__}: {said}. `--debug` shows where.")
-            _exit(1)
+            _exit(EXIT_INTERNAL)
 
     return wrapped
 
@@ -81,7 +82,7 @@ def run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int
 
     `device` is what the user asked for by `setting`.
     """
-    from vitscale.launch.local import check_processes, launch, under_launcher
+    from vitscale.launch.local import LAUNCHER, check_processes, launch, under_launcher
 
     if not under_launcher():
         check_processes(nproc, device, setting)
@@ -93,8 +94,15 @@ def run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int
             return
     from vitscale.pipeline.distributed import die_with_parent, join, leave
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
+    if LAUNCHER in os.environ:
+        die_with_parent(int(os.environ[LAUNCHER]))
     world = join(device)
-    work(world)
+    try:
+        work(world)
+    except Requeue as saved:
+        for number in STOP_SIGNALS:  # one more changes nothing, or it would change the exit code
+            signal.signal(number, signal.SIG_IGN)
+        if world.main:
+            report_failure(f"{saved}; run the same command again to go on")
+        leave(EXIT_REQUEUE)
     leave()

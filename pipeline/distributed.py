@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from vitscale.errors import UserError
+from vitscale.errors import EXIT_DONE, UserError
 
-TIMEOUT = timedelta(minutes=30)  # a collective that waits longer ends the run instead of hanging for ever
+TIMEOUT = timedelta(hours=1)  # a collective that waits longer ends the run instead of hanging for ever
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -60,11 +60,11 @@ def join(device: str = "auto") -> World:
     return World(rank, size, local_rank, target)
 
 
-def leave() -> NoReturn:
-    """End this process, which joined, once every rank got this far."""
+def leave(code: int = EXIT_DONE) -> NoReturn:
+    """End this process, which joined, with an exit code, once every rank got this far."""
     dist.barrier()
     dist.destroy_process_group()
-    end(0)
+    end(code)
 
 
 def end(code: int) -> NoReturn:
@@ -78,10 +78,15 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies, so that it does not go on alone (Linux)."""
+def die_with_parent(parent: int = 0) -> None:
+    """Have the kernel kill this process when the one that started it dies, so that it does not go on alone (Linux).
+
+    It is killed here if that one, process `parent` where it is known, died before the kernel was asked.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def launcher_place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
