@@ -22,6 +22,7 @@ from vitscale.pipeline.config import Config, flatten, to_dict
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.inference import Classifier
 from vitscale.pipeline.metrics import read_metrics
+from vitscale.pipeline.mirror import send, shown
 from vitscale.pipeline.weights import open_trained
 
 SAMPLES = 24  # sample predictions for each run
@@ -68,6 +69,7 @@ def write_report(runs: list[Path], out: Path, commands: str) -> None:
     ).get_template("report.html")
     try:
         publish_text(out, template.render(pages=pages, commands=told))
+        send(out)
     except OSError as error:
         raise UserError("--out", str(error), "a file that can be written", "Choose another.") from error
 
@@ -76,7 +78,7 @@ def run_page(run: Path) -> RunPage:
     """Gather what the page shows of one run. Raises `UserError` if the folder is no run with a checkpoint."""
     trained = open_trained(str(run), "RUNS")
     if not (run / "environment.json").is_file() or trained.path.parent != run / "checkpoints":
-        raise UserError("RUNS", f"{run}, which is no run", "the folder of a run", "Give its run.dir.")
+        raise UserError("RUNS", f"{shown(run)}, which is no run", "the folder of a run", "Give its run.dir.")
     state = read_state(trained.path)
     recipe, defaults = flatten(state["recipe"]), flatten(to_dict(Config()))
     model = trained.model
@@ -114,7 +116,12 @@ def sample_predictions(classifier: Classifier, dataset: dict[str, Any]) -> list[
     images = [decode_rgb(sample.data) for sample in shown]
     best = classifier.probabilities(images).max(dim=1)
     return [
-        SamplePrediction(_picture(image), classifier.classes[sample.label], classifier.classes[index], probability)
+        SamplePrediction(
+            _picture(image),
+            ", ".join(classifier.classes[label] for label in sample.labels),
+            classifier.classes[index],
+            probability,
+        )
         for image, sample, index, probability in zip(
             images, shown, best.indices.tolist(), best.values.tolist(), strict=True
         )
@@ -128,7 +135,7 @@ def curves(rows: list[dict[str, Any]]) -> str:
         panels = (("loss", "loss"), ("top1", "top-1"), ("lr", "learning rate"), ("images_per_s", "images/s"))
         for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for kind, style in (("train", {"lw": 1, "alpha": 0.7}), ("eval", {"marker": "o", "ms": 3})):
-                points = [(row["step"], row[key]) for row in rows if row["kind"] == kind and key in row]
+                points = [(row["step"], row[key]) for row in rows if row["kind"] == kind and row.get(key) is not None]
                 if points:
                     axes.plot(*zip(*points, strict=True), label=kind, **style)
             axes.set_title(title)

@@ -85,14 +85,14 @@ def environment(world: World) -> dict[str, Any]:
     }
 
 
-def write_environment(folder: Path, world: World) -> None:
-    """Add this start to `environment.json`, a list of every start of the run, the newest last."""
+def write_environment(folder: Path, world: World, more: dict[str, Any]) -> None:
+    """Add this start, and `more` of it, to `environment.json`, a list of every start of the run, the newest last."""
     path = folder / "environment.json"
     try:
         starts = list(json.loads(path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):  # the first start, or damaged: a record is not worth a run
         starts = []
-    publish_text(path, json.dumps([*starts, environment(world)], indent=1))
+    publish_text(path, json.dumps([*starts, environment(world) | more], indent=1))
 
 
 def commit() -> str | None:
