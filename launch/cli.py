@@ -26,6 +26,8 @@ app.add_typer(recipe_app, name="recipe")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Nproc = Annotated[int, typer.Option("--nproc", help="Processes on this machine; ignored under torchrun or srun.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE]...", help="Settings to change.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on from a checkpoint of another recipe, if it fits.")]
+Weights = Annotated[str, typer.Option(help="raw, ema (their Polyak average), or auto: the average if there is one.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
 
 
@@ -140,25 +142,29 @@ def verify(
 
 @app.command(cls=SettingsCommand)
 @stage
-def pretrain(recipe: Recipe, overrides: Overrides = None, nproc: Nproc = 1, debug: Debug = False) -> None:
+def pretrain(
+    recipe: Recipe, overrides: Overrides = None, nproc: Nproc = 1, force: Force = False, debug: Debug = False
+) -> None:
     """Train from random weights; run again, it goes on from the last checkpoint.
 
     Example: `vitscale pretrain digits-demo data.train=shards/train run.dir=runs/a --nproc 2`
     """
-    _train("pretrain", recipe, overrides or [], nproc)
+    _train("pretrain", recipe, overrides or [], nproc, force)
 
 
 @app.command(cls=SettingsCommand)
 @stage
-def finetune(recipe: Recipe, overrides: Overrides = None, nproc: Nproc = 1, debug: Debug = False) -> None:
+def finetune(
+    recipe: Recipe, overrides: Overrides = None, nproc: Nproc = 1, force: Force = False, debug: Debug = False
+) -> None:
     """Train from a checkpoint or an export, at any resolution and for any classes.
 
     Example: `vitscale finetune digits-demo-finetune init_from=runs/a data.train=shards/train run.dir=runs/b`
     """
-    _train("finetune", recipe, overrides or [], nproc)
+    _train("finetune", recipe, overrides or [], nproc, force)
 
 
-def _train(name: str, recipe: str, overrides: list[str], nproc: int) -> None:
+def _train(name: str, recipe: str, overrides: list[str], nproc: int, force: bool) -> None:
     from vitscale.pipeline.config import load_recipe
 
     config = load_recipe(recipe, overrides, RECIPES)
@@ -173,14 +179,49 @@ def _train(name: str, recipe: str, overrides: list[str], nproc: int) -> None:
         from vitscale.pipeline.planner import plan
         from vitscale.pipeline.train import train
 
-        train(plan(config, world.size, check_files=world.main), world)
+        train(plan(config, world.size, check_files=world.main, force=force), world)
 
     def check() -> None:
         from vitscale.pipeline.planner import plan
 
-        plan(config, nproc)
+        plan(config, nproc, force=force)
 
     run_ranks(work, check, nproc, config.engine.device, "engine.device")
+
+
+@app.command()
+@stage
+def replay(
+    run: Annotated[str, typer.Argument(help="Folder of a run.")],
+    incident: Annotated[str, typer.Argument(help="Name of an incident, a folder in its incidents/.")],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    nproc: Nproc = 1,
+    debug: Debug = False,
+) -> None:
+    """Repeat a step that was not taken, and say which module first gave a value that is not finite.
+
+    Example: `vitscale replay runs/a step-00000123-batch-00000123`
+    """
+    from vitscale.pipeline.config import load_recipe, require_choice
+    from vitscale.pipeline.mirror import reading_folder
+
+    require_choice("--device", device, ("auto", "cpu", "cuda"))
+    recipe = reading_folder(run, "RUN") / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError("RUN", f"{run}, which has no recipe.yaml", "the folder of a run", "Check the path.")
+    config = load_recipe(str(recipe), [f"engine.device={device}", f"run.dir={run}"], RECIPES)
+
+    def work(world: Any) -> None:
+        from vitscale.pipeline.replay import replay
+
+        replay(config, incident, world)
+
+    def check() -> None:
+        from vitscale.pipeline.replay import find
+
+        find(config, incident)
+
+    run_ranks(work, check, nproc, device, "--device")
 
 
 @app.command()
@@ -192,6 +233,7 @@ def evaluate(
     micro_batch: Annotated[int, typer.Option(min=1, help="Images of one forward on each rank.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes of each rank.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    weights: Weights = "auto",
     nproc: Nproc = 1,
     debug: Debug = False,
 ) -> None:
@@ -203,22 +245,26 @@ def evaluate(
     from vitscale.pipeline.console import say
     from vitscale.pipeline.data.loader import LoaderSettings
     from vitscale.pipeline.evaluation import stage as evaluation
+    from vitscale.pipeline.mirror import shown
 
     def work(world: Any) -> None:
-        trained, store = evaluation.check_alike(checkpoint, dataset)
+        trained, store = evaluation.check_alike(checkpoint, dataset, weights)
         path = Path(out) if out else evaluation.results_path(trained, store)
         results = evaluation.evaluate(trained, store, LoaderSettings(micro_batch, workers), world)
         if world.main:
             evaluation.write_results(results, path)
-            say(f"{trained.path} on {dataset}: top-1 {results['top1']:.2%}  top-5 {results['top5']:.2%}")
+            names = {"top1": "top-1", "top5": "top-5", "map": "mean average precision"}
+            shares = [f"{said} {results[name]:.2%}" for name, said in names.items() if results.get(name) is not None]
+            say(f"{shown(trained.path)} on {dataset}: {'  '.join(shares)}")
             for line in evaluation.confusion_lines(results):
                 say(line)
-            say(f"{results['images']:,} images; all of this in {path}")
+            say(f"{results['images']:,} images; all of this in {shown(path)}")
 
     def check() -> None:
-        evaluation.check(checkpoint, dataset)
+        evaluation.check(checkpoint, dataset, weights)
 
     require_choice("--device", device, ("auto", "cpu", "cuda"))
+    require_choice("--weights", weights, ("auto", "raw", "ema"))
     run_ranks(work, check, nproc, device, "--device")
 
 
@@ -249,16 +295,19 @@ def predict(
 def export(
     source: Annotated[str, typer.Argument(help="A run, or one of its checkpoints.")],
     out: Annotated[str, typer.Argument(help="New folder for the export.")],
+    weights: Weights = "auto",
     debug: Debug = False,
 ) -> None:
     """Write the network as safetensors with its configuration, read back and compared before it appears.
 
     Example: `vitscale export runs/a exported`
     """
+    from vitscale.pipeline.config import require_choice
     from vitscale.pipeline.console import say
     from vitscale.pipeline.export import export as run
 
-    difference = run(source, out)
+    require_choice("--weights", weights, ("auto", "raw", "ema"))
+    difference = run(source, out, weights)
     say(f"{out}: model.safetensors, config.json; largest difference of logits from {source}: {difference:.1e}")
 
 
@@ -275,11 +324,33 @@ def report(
     Example: `vitscale report runs/a runs/b --out report.html`
     """
     from vitscale.pipeline.console import say
+    from vitscale.pipeline.mirror import reading_folder, shown
     from vitscale.pipeline.report import write_report
 
-    path = Path(out) if out else Path(runs[-1]) / "report.html"
-    write_report([Path(run) for run in runs], path, commands)
-    say(str(path))
+    folders = [reading_folder(run, "RUNS") for run in runs]
+    path = Path(out) if out else folders[-1] / "report.html"
+    write_report(folders, path, commands)
+    say(shown(path))
+
+
+@app.command()
+@stage
+def status(
+    run: Annotated[str, typer.Argument(help="Folder of a run, going on or over.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """How a run is doing: progress, speed and what bounds it, last checkpoint, incidents. Does not disturb it.
+
+    Example: `vitscale status runs/a`
+    """
+    from vitscale.pipeline import status as pipeline
+
+    found = pipeline.read_status(run)
+    if as_json:
+        print(pipeline.as_json(found))
+    else:
+        pipeline.show(found)
 
 
 @app.command()

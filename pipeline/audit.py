@@ -1,10 +1,10 @@
 """`vitscale audit`: where the data of two runs first differ, by the digests in their `metrics.jsonl`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from vitscale.errors import UserError
 from vitscale.pipeline.metrics import read_metrics
+from vitscale.pipeline.mirror import reading_folder
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def compare(run_a: str, run_b: str) -> Comparison:
 def digests(run: str, setting: str) -> dict[int, str]:
     """The digest of the global batch of each step of a run. Raises `UserError` (`setting`) if there are none."""
     found: dict[int, str] = {}
-    for row in read_metrics(Path(run)):
+    for row in read_metrics(reading_folder(run, setting)):
         samples = str(row.get("samples", "")).split()
         found.update(zip(range(row["step"] - len(samples) + 1, row["step"] + 1), samples, strict=True))
     if not found:

@@ -1,13 +1,16 @@
 """Checkpoints that any number of ranks can read, at any ZeRO stage: named ranges of float32 tensors.
 
 A checkpoint is a folder `step-00001000`:
-- `rank-00000.safetensors` …, one a rank: 1-D ranges keyed `NAME|KIND|START`, with KIND `weight`, `exp_avg` or
-  `exp_avg_sq` and START the range's place in the flattened parameter;
+- `rank-00000.safetensors` …, one a rank: 1-D ranges keyed `NAME|KIND|START`, with KIND `weight`, a state of the
+  optimizer (`exp_avg`, …) or `ema`, and START the range's place in the flattened tensor;
 - `index.json`: format, shape of every parameter, size and sha256 of every file;
 - `state.json`: step, examples seen, architecture, classes, preprocessing, dataset, recipe, world size, versions.
 
-It is written under a hidden name and renamed when complete, so that a folder by that name is a whole checkpoint.
-Nothing is pickled.
+It is written under a hidden name and renamed when complete, so that a folder by that name is a whole checkpoint; then
+the file `latest` names it, for those who look. Nothing is pickled. Format 1 had no other kinds than AdamW's.
+
+An object store has no rename: there a checkpoint is whole exactly if it has an `index.json`, which is uploaded last and
+removed first, and all files in their sizes. Its folder is then one that stands for it (`pipeline/mirror.py`).
 """
 
 import hashlib
@@ -16,22 +19,28 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import struct
+import threading
+from bisect import insort
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vitscale.data_prep.publish import publish_text, sync_folder
 from vitscale.errors import UserError
 from vitscale.pipeline.distributed import World, agree, gather
-from vitscale.pipeline.engine import Engine, Fragment
+from vitscale.pipeline.engine import EMA, Engine
+from vitscale.pipeline.mirror import fetch, names, remove, shown, sizes, store_of, upload, upload_text
 
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)
+PIECE = 1 << 24  # bytes written and hashed at a time, in which other threads go on
+FETCHES = 8  # files fetched at a time by who needs them all
 KEY = re.compile(r"(?P<name>[^|]+)\|(?P<kind>\w+)\|(?P<start>\d+)")
 FOLDER = re.compile(r"step-(\d{8,})")
 RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
@@ -42,73 +51,239 @@ Range = tuple[int, int, "Shard", str]  # start, stop, file, key
 class Index:
     """What `index.json` holds: the shape of every parameter, and the sha256 of every file."""
 
-    shapes: dict[str, list[int]]
+    shapes: dict[str, tuple[int, ...]]
     files: dict[Path, str]
 
 
-def save(folder: Path, engine: Engine, state: dict[str, Any], world: World, keep: int) -> Path:
-    """Write the checkpoint of `state["step"]` into `folder`, then remove all but the newest `keep`.
+class Saver:
+    """Writes the checkpoints of a run into `folder`. Every rank makes one, and calls its methods alike.
 
-    Later ones go too: the run went on from before them, so they were damaged or of an abandoned course.
-    Every rank calls it; a rank that cannot write (a full disk) makes all of them raise `UserError`, and earlier
-    checkpoints stay as they are.
+    A save copies what this rank owns to the host's memory, from where a thread writes it. When that is over on all
+    ranks, which they find out together (`ready`), `commit` publishes the checkpoint, removes all but the newest `keep`
+    others, save those of steps that are `kept`, and those of later steps: the run went on from before them, so they
+    are damaged or of an abandoned course. A rank that cannot write (a full disk) makes all of them raise `UserError`;
+    earlier checkpoints stay as they are. Without `background` a save is over when it returns.
+
+    If `folder` stands for one in an object store, each rank's thread uploads its file, which then is not here any more,
+    and rank 0 publishes there; before that it calls `push`, for what is to be there when the checkpoint is.
     """
-    name = f"step-{state['step']:08d}"
-    hidden = folder / f".{name}.partial"
-    error, row = None, {}
-    if world.main:
-        _remove_partial(folder)
-    gather(None)  # nobody writes before that is done
-    try:
-        hidden.mkdir(parents=True, exist_ok=True)
-        row = _write_rank_file(hidden / f"rank-{world.rank:05d}.safetensors", engine.owned_fragments())
-    except (OSError, SafetensorError) as problem:
-        error = _cannot_write(folder, problem)
-    _agree_or_clean(error, folder, world)
-    files = gather(row)
-    if world.main:
+
+    def __init__(
+        self, folder: Path, world: World, keep: int, kept: Callable[[int], bool] = lambda _: False, *,
+        background: bool = True, push: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.folder, self._world, self._keep, self._kept = folder, world, keep, kept
+        self._background, self._push, self._store = background, push, store_of(folder)
+        self._last: float = math.inf  # step of the last save: those before may be of an abandoned course
+        self._host: dict[str, Tensor] = {}  # used again by the next save
+        self._state: dict[str, Any] | None = None  # of the checkpoint that is being written
+        self._thread: threading.Thread | None = None
+        self._outcome: dict[str, Any] | UserError | None = None  # of this rank's writing: a row of the index
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def save(self, engine: Engine, state: dict[str, Any]) -> None:
+        """Begin to write the checkpoint of `state["step"]`, once the one before is published."""
+        self.finish()
+        agree(self._make_room(state["step"]) if self._world.main else None)  # nobody writes before that is done
+        self._state, self._shapes, self._outcome = state, engine.shapes, None
+        self._copy(engine)
+        self._start(self._write)
+        if not self._background:
+            self.finish()
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has written its part of a checkpoint that is not published yet."""
+        return self._state is not None and not self._busy
+
+    def commit(self) -> None:
+        """Publish the checkpoint, which is `ready` on every rank. It happens in the background too."""
+        assert self._state is not None
+        self._wait()
+        state, self._state = self._state, None
+        outcomes = gather(self._outcome)
+        if self._store and self._world.local_rank == 0:
+            _remove_partial(self.folder)  # empty by now
+        error = next((outcome for outcome in outcomes if isinstance(outcome, UserError)), None)
+        if error:
+            if self._world.main:
+                _remove_partial(self.folder)
+            raise error
+        self._outcome = None
+        if self._world.main:
+            self._start(lambda: self._publish(state, outcomes))
+
+    def finish(self) -> None:
+        """Wait until all that was begun is published. Raises `UserError` on every rank if it cannot be."""
+        if self._state is not None:
+            self.commit()
+        self._wait()
+        outcome, self._outcome = self._outcome, None
+        agree(outcome if isinstance(outcome, UserError) else None)
+
+    @property
+    def _busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            except (OSError, UserError) as problem:
+                self._outcome = problem if isinstance(problem, UserError) else _cannot_write(self.folder, problem)
+                if self._state is None:
+                    _remove_partial(self.folder)
+
+        self._thread = threading.Thread(target=guarded, daemon=True, name="checkpoint")
+        self._thread.start()
+
+    def _wait(self) -> None:
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _make_room(self, step: int) -> UserError | None:
+        """Remove what is left of killed saves. In a store, where files appear one by one, nothing of a checkpoint that
+        is written over may be taken for the new one; as steps only grow, none need be looked for at every save."""
+        _remove_partial(self.folder)
         try:
-            index = {"format": FORMAT, "tensors": engine.shapes, "files": files}
-            publish_text(hidden / "index.json", json.dumps(index, indent=1))
-            publish_text(hidden / "state.json", json.dumps({"format": FORMAT, **state}, indent=1))
-            shutil.rmtree(folder / name, ignore_errors=True)  # a damaged one that was passed over
-            hidden.rename(folder / name)
-            sync_folder(folder)
-            _remove_all_but(folder, state["step"], keep)
+            for path in checkpoints(self.folder) if self._store and step <= self._last else ():
+                if _step(path) >= step:
+                    self._remove(path)
         except OSError as problem:
-            error = _cannot_write(folder, problem)
-    _agree_or_clean(error, folder, world)
-    return folder / name
+            return _cannot_write(self.folder, problem)
+        except UserError as problem:
+            return problem
+        self._last = step
+        return None
+
+    def _copy(self, engine: Engine) -> None:
+        """Copy what this rank saves to the host's memory, page-locked where it comes from a GPU."""
+        fresh: dict[str, Tensor] = {}
+        for fragment in engine.owned_fragments():
+            for kind, view in fragment.tensors.items():
+                key = f"{fragment.name}|{kind}|{fragment.start}"
+                held = self._host.get(key)
+                if held is None or held.shape != view.shape:
+                    held = torch.empty(view.shape, dtype=torch.float32, pin_memory=view.is_cuda)
+                fresh[key] = held.copy_(view, non_blocking=True)
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._host = fresh
+
+    def _write(self) -> None:
+        hidden = self.folder / _hidden(self._step)
+        hidden.mkdir(parents=True, exist_ok=True)
+        path = hidden / f"rank-{self._world.rank:05d}.safetensors"
+        size, sha256 = write_safetensors(path, self._host)
+        if self._store:
+            upload(path, self._store, f"{_name(self._step)}/{path.name}")
+            path.unlink()
+        self._outcome = {"file": path.name, "bytes": size, "sha256": sha256}
+
+    @property
+    def _step(self) -> int:
+        assert self._state is not None
+        return self._state["step"]
+
+    def _publish(self, state: dict[str, Any], files: list[dict[str, Any]]) -> None:
+        step = state["step"]
+        name, hidden = _name(step), self.folder / _hidden(step)
+        index = json.dumps({"format": FORMAT, "tensors": self._shapes, "files": files}, indent=1)
+        about = json.dumps({"format": FORMAT, **state}, indent=1)
+        if self._store:
+            upload_text(about, self._store, f"{name}/state.json")
+            self._push()
+            upload_text(index, self._store, f"{name}/index.json")
+            upload_text(name + "\n", self._store, "latest")
+        else:
+            publish_text(hidden / "index.json", index)
+            publish_text(hidden / "state.json", about)
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # a damaged one that was passed over
+            hidden.rename(self.folder / name)
+            sync_folder(self.folder)
+            publish_text(self.folder / "latest", name + "\n")
+        found = checkpoints(self.folder)
+        earlier = [path for path in found if _step(path) <= step and (not self._store or "index.json" in names(path))]
+        kept = [*earlier[: self._keep], *(path for path in earlier if self._kept(_step(path)))]
+        for path in found:
+            if path not in kept:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        if self._store:
+            remove(self._store, f"{path.name}/index.json")
+            remove(self._store, path.name)
+        else:
+            shutil.rmtree(path)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
+    """Write float32 tensors of the host's memory as a safetensors file, synced; returns its bytes and sha256.
+
+    Other threads go on meanwhile, and the file is not read again for its checksum; the library's own writer holds the
+    interpreter's lock. Raises OSError.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for key, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for data in [struct.pack("<Q", len(text)) + text, *(tensor.numpy() for tensor in tensors.values())]:
+            whole = memoryview(data).cast("B") if len(data) else b""
+            for at in range(0, len(whole), PIECE):
+                file.write(whole[at : at + PIECE])
+                digest.update(whole[at : at + PIECE])
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return size, digest.hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders in `folder`, the newest first, whether sound or not."""
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if FOLDER.fullmatch(p.name)), key=_step, reverse=True)
+    return sorted((folder / name for name in names(folder) if FOLDER.fullmatch(name)), key=_step, reverse=True)
 
 
 def newest_sound(folder: Path, world: World | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all there with the sizes recorded, and a warning for each passed over.
 
     With `world` every rank calls it, all get the answer of rank 0's view, and the files' contents are checked too,
-    each rank its share.
+    each rank its share; out of a store it fetches those for that, which at the same number of ranks are those it needs.
+    Raises `UserError` if a store does not answer: that is no damage.
     """
     warnings = []
-    for path in checkpoints(folder) if world is None else gather(checkpoints(folder))[0]:
-        problem = ""
+    for name in [path.name for path in checkpoints(folder)] if world is None else _names_of_main(folder):
+        path, problem = folder / name, None
         try:
             read_state(path)
             files = list(read_index(path).files.items())
-            for file, sha256 in files[world.rank :: world.size] if world else ():
+            for file, sha256 in files[_share(len(files), world)] if world else ():
                 _check_contents(file, sha256)
         except UserError as error:
-            problem = str(error)
-        problems = [problem] if world is None else gather(problem)
-        if not any(problems):
+            problem = error
+        problems = [found for found in ([problem] if world is None else gather(problem)) if found]
+        if not problems:
             return path, warnings
-        warnings.append(next(filter(None, problems)))
+        for found in problems:
+            if found.setting != "checkpoint":
+                raise found
+        warnings.append(str(problems[0]))
     return None, warnings
+
+
+def _names_of_main(folder: Path) -> list[str]:
+    """Names of the checkpoints that rank 0 sees, on every rank; a path need not be the same on all nodes."""
+    return gather([path.name for path in checkpoints(folder)])[0]
+
+
+def _share(count: int, world: World) -> slice:
+    """This rank's part of `count` things in a row."""
+    return slice(world.rank * count // world.size, (world.rank + 1) * count // world.size)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -121,75 +296,98 @@ def read_index(path: Path) -> Index:
     index = _read_json(path / "index.json")
     try:
         files = [(RANK_FILE.fullmatch(row["file"])[0], row["bytes"], row["sha256"]) for row in index["files"]]
-        shapes = {str(name): [int(side) for side in shape] for name, shape in index["tensors"].items()}
+        shapes = {str(name): tuple(int(side) for side in shape) for name, shape in index["tensors"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path / "index.json", repr(error), "rank files and shapes") from error
+    most = sum(size for _, size, _ in files) // 4
+    for name, shape in shapes.items():  # before memory is asked for what a shape merely claims
+        if math.prod(shape) > most:
+            raise _damaged(path / "index.json", f"{name} of shape {shape}", f"at most the {most} elements held")
+    held = sizes(path, (name for name, *_ in files))
     for name, expected, _ in files:
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
+        size = held.get(name)
         if size != expected:
             found = "no such file" if size is None else f"{size} bytes"
-            raise _damaged(file, found, f"{expected} bytes")
+            raise _damaged(path / name, found, f"{expected} bytes")
     return Index(shapes, {path / name: sha256 for name, _, sha256 in files})
 
 
-def restore(reader: "Reader", engine: Engine, step: int) -> None:
-    """Fill the engine's weights and moments from a checkpoint of `step`, written at any world size and stage.
+def restore(reader: "Reader", engine: Engine, steps: int) -> None:
+    """Fill the engine with a checkpoint after `steps` steps of the optimizer, written at any world size and stage.
 
-    The engine's module must already hold the checkpoint's weights (`Reader.weights`): this sets the float32 masters
-    and the optimizer's state of this rank's partition. Raises `UserError` if a file is damaged.
+    An average that the checkpoint lacks begins with the weights. Raises `UserError` if a file is damaged, or lacks a
+    state of this optimizer.
     """
-    engine.reset_optimizer(step)
+    engine.reset_optimizer(steps)
     with torch.no_grad():
         for fragment in engine.fragments():
             for kind, view in fragment.tensors.items():
-                reader.fill(fragment.name, kind, fragment.start, view)
+                source = "weight" if kind == EMA and not reader.averaged else kind
+                reader.fill(fragment.name, source, fragment.start, view)
+    engine.publish()
 
 
 class Reader:
     """Reads any range of any tensor of a checkpoint, from whichever rank files hold parts of it.
 
-    A file's sha256 is checked when it is first read, unless `verified` says that this has been done.
+    Files are opened when they may hold what is looked for, first those of the ranks about `near` (of 0 to 1, the last):
+    a rank that reads what it wrote opens one, and fetches no other out of a store. A file's sha256 is checked when it
+    is first read, unless `verified` says that this has been done, and always when it is fetched.
     """
 
-    def __init__(self, path: Path, verified: bool = False) -> None:
+    def __init__(self, path: Path, verified: bool = False, near: float = 0.0) -> None:
         index = read_index(path)
-        self.shapes = index.shapes
+        self.shapes, self._path, self._verified = index.shapes, path, verified
         self._ranges: dict[tuple[str, str], list[Range]] = {}
-        for file, sha256 in index.files.items():
-            shard = Shard(file, None if verified else sha256)
-            for key, length in shard.lengths():
-                match = KEY.fullmatch(key)
-                if not match:
-                    raise _damaged(file, f"a tensor named {key!r}", "NAME|KIND|START")
-                start = int(match["start"])
-                self._ranges.setdefault((match["name"], match["kind"]), []).append((start, start + length, shard, key))
-        for parts in self._ranges.values():
-            parts.sort(key=lambda part: part[0])
-        for name, shape in self.shapes.items():  # before memory is asked for what a shape merely claims
-            held = max((part[1] for part in self._ranges.get((name, "weight"), [])), default=0)
-            if held != math.prod(shape):
-                raise _damaged(path / "index.json", f"{name} of shape {shape}", f"the {held} elements held")
+        places = {file: (place + 0.5) / len(index.files) for place, file in enumerate(index.files)}
+        self._unopened = sorted(index.files.items(), key=lambda item: abs(places[item[0]] - near), reverse=True)
 
-    def weights(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """Whole float32 weights of the parameters whose name begins with `prefix`, which is cut off, one at a time.
+    def _open_next(self) -> None:
+        file, sha256 = self._unopened.pop()
+        shard = Shard(file, sha256, self._verified)
+        for key, length in shard.lengths():
+            match = KEY.fullmatch(key)
+            if not match:
+                raise _damaged(file, f"a tensor named {key!r}", "NAME|KIND|START")
+            start = int(match["start"])
+            parts = self._ranges.setdefault((match["name"], match["kind"]), [])
+            insort(parts, (start, start + length, shard, key), key=lambda part: part[0])
 
-        An objective's network is under `model.`. Raises `UserError` if a file is damaged.
-        """
-        for name, shape in self.shapes.items():
-            if name.startswith(prefix):
-                flat = torch.empty(math.prod(shape))
-                self.fill(name, "weight", 0, flat)
-                yield name.removeprefix(prefix), flat.reshape(shape)
+    def _open_all(self) -> None:
+        with ThreadPoolExecutor(FETCHES) as pool:
+            list(pool.map(lambda item: fetch(*item), self._unopened))
+        while self._unopened:
+            self._open_next()
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it holds a Polyak average of the weights, of which each rank has its part, if it has any."""
+        while self._unopened and not self._ranges:
+            self._open_next()
+        return any(kind == EMA for _, kind in self._ranges)
+
+    def tensor(self, name: str, kind: str = "weight") -> Tensor:
+        """A whole float32 tensor of a parameter, in its shape. Raises `UserError` if a file is damaged."""
+        self._open_all()
+        shape, held = self.shapes[name], max((part[1] for part in self._ranges.get((name, "weight"), [])), default=0)
+        if held != math.prod(shape):
+            raise _damaged(self._path / "index.json", f"{name} of shape {shape}", f"the {held} elements held")
+        flat = torch.empty(math.prod(shape))
+        self.fill(name, kind, 0, flat)
+        return flat.reshape(self.shapes[name])
 
     def fill(self, name: str, kind: str, start: int, out: Tensor) -> None:
         """Copy elements `start` … of the flattened tensor into the 1-D `out`, all of it."""
         at, stop = start, start + len(out)
-        for low, high, shard, key in self._ranges.get((name, kind), []):
-            if low <= at < min(high, stop):
-                take = min(high, stop)
-                out[at - start : take - start] = shard.read(key, at - low, take - low)
-                at = take
+        while True:
+            for low, high, shard, key in self._ranges.get((name, kind), []):
+                if low <= at < min(high, stop):
+                    take = min(high, stop)
+                    out[at - start : take - start] = shard.read(key, at - low, take - low)
+                    at = take
+            if at == stop or not self._unopened:
+                break
+            self._open_next()
         if at != stop:
             raise UserError(
                 "checkpoint", f"{name} ({kind}) without elements {at} to {stop}", "every element", "Use another one."
@@ -197,10 +395,12 @@ class Reader:
 
 
 class Shard:
-    """One rank's file. Its contents are checked against `sha256`, if given, when they are first read."""
+    """One rank's file. Its contents are checked when it is fetched out of a store, else, unless `verified`, when they
+    are first read."""
 
-    def __init__(self, path: Path, sha256: str | None) -> None:
-        self.path, self._sha256 = path, sha256
+    def __init__(self, path: Path, sha256: str, verified: bool) -> None:
+        checked = fetch(path, sha256) or verified
+        self.path, self._sha256 = path, None if checked else sha256
         try:
             self._file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -223,6 +423,8 @@ class Shard:
 
 
 def _check_contents(path: Path, sha256: str) -> None:
+    if fetch(path, sha256):
+        return
     try:
         found = _sha256(path)
     except OSError as error:
@@ -231,21 +433,12 @@ def _check_contents(path: Path, sha256: str) -> None:
         raise _damaged(path, f"sha256 {found[:12]}…", f"{sha256[:12]}…")
 
 
-def _remove_all_but(folder: Path, step: int, keep: int) -> None:
-    """Remove checkpoints later than `step`, and all but the newest `keep` others."""
-    later = [path for path in checkpoints(folder) if _step(path) > step]
-    others = [path for path in checkpoints(folder) if _step(path) <= step]
-    for path in [*later, *others[keep:]]:
-        shutil.rmtree(path)
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
-def _agree_or_clean(error: UserError | None, folder: Path, world: World) -> None:
-    try:
-        agree(error)
-    except UserError:
-        if world.main:
-            _remove_partial(folder)
-        raise
+def _hidden(step: int) -> str:
+    return f".{_name(step)}.partial"
 
 
 def _remove_partial(folder: Path) -> None:
@@ -253,27 +446,16 @@ def _remove_partial(folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_rank_file(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
-    ranges = {
-        f"{fragment.name}|{kind}|{fragment.start}": view.to("cpu", torch.float32, copy=True)
-        for fragment in fragments
-        for kind, view in fragment.tensors.items()
-    }
-    save_file(ranges, path)
-    path.chmod(0o644)  # safetensors makes it private
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
 def _read_json(path: Path) -> dict[str, Any]:
+    fetch(path)
     try:
         value = json.loads(path.read_text())
         found = value["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, repr(error), "JSON with a `format`") from error
-    if found != FORMAT:
-        raise UserError("checkpoint", f"{path} of format {found}", f"format {FORMAT}", "Use the vitscale it came from.")
+    if found not in READABLE:
+        remedy = "Use the vitscale it came from."
+        raise UserError("checkpoint", f"{shown(path)} of format {found}", f"format {READABLE[0]} to {FORMAT}", remedy)
     return value
 
 
@@ -287,9 +469,10 @@ def _step(path: Path) -> int:
 
 
 def _damaged(path: Path, got: str, expected: str) -> UserError:
-    return UserError("checkpoint", f"{path}: {got}", expected, "The file is damaged: use another checkpoint.")
+    return UserError("checkpoint", f"{shown(path)}: {got}", expected, "The file is damaged: use another checkpoint.")
 
 
 def _cannot_write(folder: Path, error: Exception) -> UserError:
-    remedy = "Free some space or choose another run.dir, and run again: it goes on from the last checkpoint."
-    return UserError("run.dir", f"{error} while saving to {folder}", "a folder that can be written", remedy)
+    do = "Check network and credentials" if store_of(folder) else "Free some space or choose another run.dir"
+    remedy = f"{do}, and run again: it goes on from the last checkpoint."
+    return UserError("run.dir", f"{error} while saving to {shown(folder)}", "a folder that can be written", remedy)

@@ -16,8 +16,8 @@ from vitscale.pipeline.run_folder import versions
 from vitscale.pipeline.weights import EXPORT_FORMAT, describe, open_trained
 
 
-def export(source: str, out: str) -> float:
-    """Export the network at `source` (a run or a checkpoint) into the new folder `out`.
+def export(source: str, out: str, weights: str = "auto") -> float:
+    """Export the network at `source` (a run or a checkpoint) into the new folder `out`; `weights` as in `open_trained`.
 
     Before `out` appears, what was written is read back and its logits are compared with the source's on fixed
     inputs; returns their largest absolute difference. Raises `UserError` if `out` exists, if there is nothing to
@@ -26,7 +26,7 @@ def export(source: str, out: str) -> float:
     target = Path(out)
     if target.exists():
         raise UserError("OUT", f"{out}, which exists", "a new folder", "Choose another name, or remove it first.")
-    trained = open_trained(source, "SOURCE")
+    trained = open_trained(source, "SOURCE", weights)
     network = trained.load()
     partial = target.with_name(f".{target.name}.partial")
     try:

@@ -2,19 +2,31 @@
 
 from vitscale.errors import UserError
 from vitscale.model.registry import ViTConfig
-from vitscale.model.vit import VisionTransformer, adapt_weights
+from vitscale.model.vit import adapt_weights
+from vitscale.pipeline.engine import Weights
 from vitscale.pipeline.weights import Trained
 
 
-def initialise_from(network: VisionTransformer, trained: Trained) -> list[str]:
-    """Load trained weights into `network`: positions interpolated to its grid, its own zero-initialised head kept.
+def fine_tuned_weights(
+    ours: ViTConfig, shapes: dict[str, tuple[int, ...]], trained: Trained, fresh: Weights
+) -> tuple[Weights, list[str]]:
+    """The weights of a network of these `shapes` to begin fine-tuning with: the trained ones, positions interpolated to
+    its grid, and a `fresh` zero-initialised head.
 
-    Returns a line for each thing that was not kept as it is. Raises `UserError` if the architectures differ.
+    Returns also a line for each thing that was not kept as it is. Raises `UserError` if the architectures differ.
     """
-    check_architecture(network.config, trained)
-    weights, notes = adapt_weights(dict(trained.tensors()), network)
-    network.load_state_dict(weights, strict=False)
-    return [f"kept {len(weights)} tensors of {trained.path}", *notes]
+    check_architecture(ours, trained)
+    tensors = trained.open()
+    try:
+        kept, read, notes = adapt_weights(tensors.shapes, tensors.read, ours, shapes)
+    except ValueError as error:
+        raise UserError(
+            "init_from", f"{trained.path}: {error}", "weights of its architecture", "Use another."
+        ) from error
+    return (
+        lambda name: read(name) if name in kept else fresh(name),
+        [f"kept {len(kept)} tensors of {trained.path}", *notes],
+    )
 
 
 def check_architecture(ours: ViTConfig, trained: Trained) -> None:

@@ -1,13 +1,15 @@
 """What a recipe comes to on its data, checked before any process is started."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vitscale.errors import UserError
 from vitscale.model.registry import ViTConfig
 from vitscale.pipeline import checkpoint
-from vitscale.pipeline.config import Config, flatten, to_dict
+from vitscale.pipeline.config import STAGE_0_OPTIMIZERS, Config, flatten, merge, to_dict
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.loader import LoaderSettings
@@ -15,19 +17,27 @@ from vitscale.pipeline.data.order import Order
 from vitscale.pipeline.data.store import CacheSettings, Store
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.finetune import check_architecture
+from vitscale.pipeline.mirror import shown, working_folder
+from vitscale.pipeline.objectives.supervised import check_loss
 from vitscale.pipeline.schedule import parse_duration
+from vitscale.pipeline.wandb_run import require_wandb
 from vitscale.pipeline.weights import open_trained
 
 # settings that may change when a run goes on: they leave its samples and its mathematics alone
 HARMLESS = (
-    "run.dir", "run.log_every", "data.train", "data.val", "data.workers", "data.cache", "data.on_error",
-    "engine.device", "engine.zero_stage", "engine.micro_batch", "checkpoint.", "eval.",
+    "run.dir", "run.log_every", "run.wandb", "data.train", "data.val", "data.workers", "data.cache", "data.on_error",
+    "engine.device", "engine.zero_stage", "engine.micro_batch", "engine.offload", "engine.recompute", "engine.compile",
+    "engine.deepspeed", "checkpoint.", "eval.", "guard.", "profile.",
 )  # fmt: skip
+
+
+# settings that decide the form of weights and optimizer state: not even `--force` changes them
+FIXED = ("model.", "optim.name")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. Durations are in steps."""
+    """A checked run. Durations are in steps; `force` goes on from a checkpoint of another recipe."""
 
     config: Config
     loader: LoaderSettings
@@ -41,16 +51,24 @@ class Plan:
     warmup: int
     cooldown: int
     save_every: int
+    keep_every: int
     eval_every: int
+    force: bool
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.config.run.dir)
+        """The run's folder, or the local one that stands for it in an object store."""
+        return working_folder(self.config.run.dir)
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of a step is never removed."""
+        return self.keep_every > 0 and step % self.keep_every == 0
 
 
-def plan(config: Config, world_size: int, check_files: bool = True) -> Plan:
+def plan(config: Config, world_size: int, check_files: bool = True, force: bool = False) -> Plan:
     """Check a recipe against its data, the number of ranks and the run's folder; `check_files`: every shard is there.
+
+    Where the recipe leaves the micro batch to be found by trial, it is a rank's whole share of the global batch here.
 
     Raises `UserError` for all that can be known to fail: missing folders, sizes that do not fit, a folder that holds
     a run of another recipe or of other data.
@@ -73,7 +91,8 @@ def plan(config: Config, world_size: int, check_files: bool = True) -> Plan:
         raise UserError("train.global_batch", batch, f"at most the {len(train)} training images", "Lower it.")
     train.check_cache(config.data.streams, config.data.window, int(config.data.cache_gb * 1e9))
     unit = 2 if config.augment.mixes else 1
-    if config.engine.micro_batch < unit:
+    most = batch if config.engine.micro_batch == "auto" else config.engine.micro_batch
+    if most < unit:
         raise UserError("engine.micro_batch", config.engine.micro_batch, "at least the 2 images that mix", "Raise it.")
     try:
         sequence = Order(
@@ -98,10 +117,19 @@ def plan(config: Config, world_size: int, check_files: bool = True) -> Plan:
     fingerprint = train.fingerprint
     if len(weights) > 1:
         fingerprint = hashlib.sha256(f"{fingerprint} {weights}".encode()).hexdigest()
-    resume, _ = find_resume(config, fingerprint)
+    if config.optim.name in STAGE_0_OPTIMIZERS and config.engine.zero_stage:
+        got = f"{config.optim.name} with engine.zero_stage {config.engine.zero_stage}"
+        reason = "a ZeRO stage at which it is what it is without: it works on whole matrices, ZeRO on slices of vectors"
+        raise UserError("optim.name", got, reason, "Set engine.zero_stage=0, or choose adamw, sgd, lion or lamb.")
+    check_loss(config.objective.loss, train.multi)
+    if val and val.multi != train.multi:
+        got = "several labels an image" if val.multi else "one label an image"
+        raise UserError("data.val", got, "labels of the kind of data.train", "Use a dataset made like it.")
+    require_wandb(config.run.wandb)
+    resume, _ = find_resume(config, fingerprint, force=force)
     if config.init_from and not resume:
         check_architecture(model, open_trained(config.init_from, "init_from"))
-    micro_batch = order.micro_batch_size(batch, world_size, config.engine.micro_batch, unit)
+    micro_batch = order.micro_batch_size(batch, world_size, most, unit)
     return Plan(
         config=config,
         loader=LoaderSettings(micro_batch, config.data.workers, unit == 2, config.data.on_error == "skip"),
@@ -115,34 +143,57 @@ def plan(config: Config, world_size: int, check_files: bool = True) -> Plan:
         warmup=within("schedule.warmup", config.schedule.warmup),
         cooldown=within("schedule.cooldown", config.schedule.cooldown),
         save_every=within("checkpoint.every", config.checkpoint.every),
+        keep_every=within("checkpoint.keep_every", config.checkpoint.keep_every),
         eval_every=within("eval.every", config.eval.every),
+        force=force,
     )
 
 
-def find_resume(config: Config, fingerprint: str, world: World | None = None) -> tuple[Path | None, list[str]]:
+def find_resume(
+    config: Config, fingerprint: str, world: World | None = None, force: bool = False
+) -> tuple[Path | None, list[str]]:
     """The checkpoint that the run's folder goes on from, if any, and a warning for each damaged one passed over.
 
     With `world` every rank calls it, all get the same answer, and the contents of its files are checked too.
-    Raises `UserError` if that run was of another recipe or other data.
+    Raises `UserError` if that run was of another recipe or other data; with `force` only where its weights do not fit.
     """
-    newest, warnings = checkpoint.newest_sound(Path(config.run.dir) / "checkpoints", world)
+    newest, warnings = checkpoint.newest_sound(working_folder(config.run.dir) / "checkpoints", world)
     if newest is None:
         return None, warnings
     state = checkpoint.read_state(newest)
-    before = {**flatten(to_dict(Config())), **flatten(state["recipe"])}  # defaults for settings that came later
-    now = flatten(to_dict(config))
+    before, now = flatten(complete(state["recipe"])), flatten(to_dict(config))
     changed = [key for key in now if before.get(key) != now[key] and not key.startswith(HARMLESS)]
+    if force:
+        changed = [key for key in changed if key.startswith(FIXED)]
     if changed:
-        shown = ", ".join(f"{key}: {before.get(key)!r} → {now[key]!r}" for key in changed[:4])
+        rows = ", ".join(f"{key}: {before.get(key)!r} → {now[key]!r}" for key in changed[:4])
         remedy = "Choose another run.dir, or undo these changes."
-        raise UserError("run.dir", f"{newest} of another recipe ({shown})", "the recipe that began the run", remedy)
+        remedy += "" if force else " `--force` goes on all the same, where the weights fit."
+        raise UserError(
+            "run.dir", f"{shown(newest)} of another recipe ({rows})", "the recipe that began the run", remedy
+        )
+    if force:
+        return newest, warnings
     if state["dataset"].get("order") != order.VERSION:
-        got = f"{newest}, begun by a vitscale that went through the data in another order"
+        got = f"{shown(newest)}, begun by a vitscale that went through the data in another order"
         raise UserError("run.dir", got, "a run of this version", "Choose another run.dir, or use that vitscale.")
     if state["dataset"]["fingerprint"] != fingerprint:
         remedy = "Choose another run.dir, or give the data that it began with."
-        raise UserError("data.train", f"{config.data.train}, not the data of {newest}", "the same samples", remedy)
+        raise UserError(
+            "data.train", f"{config.data.train}, not the data of {shown(newest)}", "the same samples", remedy
+        )
     return newest, warnings
+
+
+def complete(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of a checkpoint, with the defaults of settings that came later."""
+    return merge(to_dict(Config()), recipe)
+
+
+def recipe_hash(config: Config) -> str:
+    """sha256 of the settings that a run cannot change in mid-course."""
+    rows = {key: value for key, value in flatten(to_dict(config)).items() if not key.startswith(HARMLESS)}
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def check_classes(setting: str, got: list[str], other: str, expected: list[str]) -> None:

@@ -16,15 +16,25 @@ from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.distributed import gather
+from vitscale.pipeline.mirror import fetch, reading_folder, shown
 
 EXPORT_FORMAT = 1
+NETWORK = "model."  # where an objective has its network
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Named float32 tensors in files: their shapes, and `read`, which reads one of them."""
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
 class Trained:
     """A trained network as found: architecture, classes in label order, preprocessing, and its weights by name.
 
-    `origin` says where it came from (path and step); `tensors()` reads name and float32 tensor, one at a time.
+    `origin` says where it came from (path, step and kind of weights); `open()` opens the files of its weights.
     """
 
     path: Path
@@ -32,7 +42,13 @@ class Trained:
     classes: list[str]
     preprocess: Preprocess
     origin: dict[str, Any]
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    open: Callable[[], Tensors]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and float32 tensor of each parameter, one at a time. Raises `UserError` if a file is damaged."""
+        found = self.open()
+        for name in found.shapes:
+            yield name, found.read(name)
 
     def load(self) -> VisionTransformer:
         """The network with these weights, in evaluation mode, on the CPU. Raises `UserError` if they do not fit it."""
@@ -46,12 +62,13 @@ class Trained:
         return network.eval()
 
 
-def open_trained(path: str, setting: str) -> Trained:
-    """Find trained weights at `path`: a run's folder (its newest sound checkpoint), a checkpoint, or an export.
+def open_trained(path: str, setting: str, weights: str = "auto") -> Trained:
+    """Find trained weights at `path`, or URL: a run's folder (its newest sound checkpoint), a checkpoint, or an export.
 
-    Raises `UserError` naming `setting` if there are none, or if they are damaged.
+    `weights`: `raw`, their Polyak average (`ema`), or the average where there is one (`auto`). Raises `UserError`
+    naming `setting` if there are none, or if they are damaged.
     """
-    folder = Path(path)
+    folder = reading_folder(path, setting)
     if (folder / "config.json").is_file():
         return _open_export(folder, setting)
     if (folder / "checkpoints").is_dir():
@@ -61,14 +78,14 @@ def open_trained(path: str, setting: str) -> Trained:
             raise UserError(setting, f"{path}: {found}", "a run with a sound checkpoint", "Train it first.")
         folder = newest
     if (folder / "state.json").is_file():
-        return _open_checkpoint(folder, setting)
+        return _open_checkpoint(folder, setting, weights)
     found = "a folder without checkpoints" if folder.is_dir() else "no such folder"
     raise UserError(setting, f"{path}: {found}", "a run, a checkpoint or an export", "Check the path.")
 
 
-def open_trained_alike(path: str, setting: str) -> Trained:
+def open_trained_alike(path: str, setting: str, weights: str = "auto") -> Trained:
     """`open_trained` for all ranks together: each opens the folder that rank 0 found, even while a run adds others."""
-    return open_trained(str(gather(open_trained(path, setting).path)[0]), setting)
+    return open_trained(gather(shown(open_trained(path, setting, weights).path))[0], setting, weights)
 
 
 def describe(model: ViTConfig, classes: list[str], preprocess: Preprocess) -> dict[str, Any]:
@@ -76,16 +93,28 @@ def describe(model: ViTConfig, classes: list[str], preprocess: Preprocess) -> di
     return {"model": vars(model), "classes": classes, "preprocess": vars(preprocess)}
 
 
-def _open_checkpoint(folder: Path, setting: str) -> Trained:
+def _open_checkpoint(folder: Path, setting: str, weights: str) -> Trained:
     state = checkpoint.read_state(folder)
     checkpoint.read_index(folder)
+    averaged = bool(state.get("averaged", False)) if weights == "auto" else weights == "ema"
+    if averaged and not state.get("averaged"):
+        remedy = "Use the raw weights, or train with optim.ema above 0."
+        raise UserError("--weights", f"ema of {shown(folder)}, which has none", "raw", remedy)
     if isinstance(state.get("dataset"), dict):
         dataset = state["dataset"].get("fingerprint")
-        state["origin"] = {"checkpoint": str(folder), "step": state.get("step"), "dataset": dataset}
-    return _trained(setting, folder, state, lambda: checkpoint.Reader(folder).weights("model."))
+        state["origin"] = {"checkpoint": shown(folder), "step": state.get("step"), "dataset": dataset}
+        state["origin"]["weights"] = "ema" if averaged else "raw"
+
+    def tensors() -> Tensors:
+        reader, kind = checkpoint.Reader(folder), checkpoint.EMA if averaged else "weight"
+        shapes = {name.removeprefix(NETWORK): s for name, s in reader.shapes.items() if name.startswith(NETWORK)}
+        return Tensors(shapes, lambda name: reader.tensor(NETWORK + name, kind))
+
+    return _trained(setting, folder, state, tensors)
 
 
 def _open_export(folder: Path, setting: str) -> Trained:
+    fetch(folder / "model.safetensors")
     try:
         config = json.loads((folder / "config.json").read_text())
         if config["format"] != EXPORT_FORMAT:
@@ -96,14 +125,14 @@ def _open_export(folder: Path, setting: str) -> Trained:
         raise UserError(
             setting, f"{folder}: {error!r}", "a folder written by `vitscale export`", "Export it again."
         ) from error
-    return _trained(setting, folder, config, lambda: _read_safetensors(folder / "model.safetensors"))
+    return _trained(setting, folder, config, lambda: _open_safetensors(folder / "model.safetensors"))
 
 
 def _trained(
     setting: str,
     folder: Path,
     described: dict,
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]],
+    tensors: Callable[[], Tensors],
 ) -> Trained:
     try:
         numbers = {key: tuple(v) if isinstance(v, list) else v for key, v in described["preprocess"].items()}
@@ -120,7 +149,7 @@ def _trained(
     return Trained(folder, model, classes, preprocess, origin, tensors)
 
 
-def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            yield name, file.get_tensor(name).to(torch.float32)
+def _open_safetensors(path: Path) -> Tensors:
+    file = safe_open(path, framework="pt")
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+    return Tensors(shapes, lambda name: file.get_tensor(name).to(torch.float32))

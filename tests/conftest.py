@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,11 @@ def ranks(tmp_path: Path) -> Callable[..., Any]:
         shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         processes = []
         for rank in range(size):
-            env = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+            env = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, "PYTHONPATH": RANK.parents[1]}
             env = {**os.environ, **{key: str(value) for key, value in env.items()}}
             processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        with ThreadPoolExecutor() as together:  # a rank whose pipe is full would wait, and the others for it
+            errors = [said for _, said in together.map(lambda process: process.communicate(timeout=300), processes)]
         assert not any(process.returncode for process in processes), "\n".join(errors)[-4000:]
         return json.loads(out.read_text())
 

@@ -10,6 +10,7 @@ from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, evalua
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.evaluation.classification import classification
+from vitscale.pipeline.mirror import send, shown
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.planner import check_classes
 from vitscale.pipeline.weights import Trained, open_trained
@@ -17,31 +18,35 @@ from vitscale.pipeline.weights import Trained, open_trained
 MOST_SHOWN_CLASSES = 20
 
 
-def check(source: str, dataset: str) -> tuple[Trained, Store]:
+def check(source: str, dataset: str, weights: str = "auto") -> tuple[Trained, Store]:
     """Open both. Raises `UserError` if either cannot be read, or if their classes differ."""
-    trained, store = open_trained(source, "CHECKPOINT"), Store(dataset, "DATASET")
-    check_classes("DATASET", store.classes, str(trained.path), trained.classes)
+    trained, store = open_trained(source, "CHECKPOINT", weights), Store(dataset, "DATASET")
+    check_classes("DATASET", store.classes, shown(trained.path), trained.classes)
     return trained, store
 
 
-def check_alike(source: str, dataset: str) -> tuple[Trained, Store]:
+def check_alike(source: str, dataset: str, weights: str = "auto") -> tuple[Trained, Store]:
     """`check` for all ranks together: each opens the checkpoint that rank 0 found."""
-    return check(str(gather(open_trained(source, "CHECKPOINT").path)[0]), dataset)
+    return check(gather(shown(open_trained(source, "CHECKPOINT", weights).path))[0], dataset, weights)
 
 
 def evaluate(trained: Trained, store: Store, settings: LoaderSettings, world: World) -> dict[str, Any]:
-    """Results of a classifier on every image of a dataset, on all ranks alike."""
+    """Results of a classifier on every image of a dataset, on all ranks alike.
+
+    The loss is softmax cross-entropy, of images with several labels sigmoid cross-entropy.
+    """
     objective = Supervised(trained.load(), trained.preprocess).eval().to(world.device)
     batches = evaluation_batches(store, EvaluationView(trained.preprocess), settings, world)
     with worker_deaths(settings.workers):
-        results = dict(classification(objective, batches, len(trained.classes)))
+        loss = "sigmoid" if store.multi else "softmax"
+        results = dict(classification(objective, batches, len(trained.classes), loss))
     return {"origin": trained.origin, "dataset": store.describe(), "classes": trained.classes, **results}
 
 
 def confusion_lines(results: dict[str, Any]) -> list[str]:
-    """The confusion matrix as text, a class a line, if there are few enough classes for a terminal."""
+    """The confusion matrix as text, a class a line, if there is one, of few enough classes for a terminal."""
     classes, matrix = results["classes"], results["confusion"]
-    if len(classes) > MOST_SHOWN_CLASSES:
+    if matrix is None or len(classes) > MOST_SHOWN_CLASSES:
         return []
     width = max(len(str(max(map(max, matrix)))), 4)
     label = max(len(name) for name in classes)
@@ -55,6 +60,7 @@ def write_results(results: dict[str, Any], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         publish_text(path, json.dumps(results))
+        send(path)
     except OSError as error:
         raise UserError("--out", f"{error}", "a file that can be written", "Choose another.") from error
 

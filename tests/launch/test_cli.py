@@ -191,7 +191,7 @@ def test_exports_predictions_and_reports_of_what_is_not_there(vitscale: Command,
     refused(vitscale("predict", trained / "run", "page.jpg"), "FILES", "page.jpg: not an image")
     refused(vitscale("report", "nowhere"), "RUNS", "nowhere")
     refused(vitscale("report", trained / "run", "--commands", "nothere"), "--commands", "nothere")
-    refused(vitscale("report", next((trained / "run" / "checkpoints").iterdir())), "RUNS", "no run")
+    refused(vitscale("report", next((trained / "run" / "checkpoints").glob("step-*"))), "RUNS", "no run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.jpg", "taken"]
     exported = copytree(trained / "run" / "checkpoints", tmp_path / "broken")
     (exported / "config.json").write_text("{}")

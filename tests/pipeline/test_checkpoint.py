@@ -1,12 +1,17 @@
 """Checkpoints on disk: whole or not at all, and damage is told from soundness."""
 
 import json
+import os
+import random
 import resource
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from vitscale.errors import UserError
 from vitscale.pipeline import checkpoint
@@ -31,16 +36,18 @@ class Source:
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:
-    return checkpoint.save(folder, Source(), {"step": step, "note": "x"}, WORLD, keep)  # pyright: ignore
+    saver = checkpoint.Saver(folder, WORLD, keep, background=False)
+    saver.save(Source(), {"step": step, "note": "x"})  # pyright: ignore[reportArgumentType]
+    return folder / f"step-{step:08d}"
 
 
 def test_weights_and_any_range_read_back(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
-    weights = dict(checkpoint.Reader(path).weights("model."))
-    assert torch.equal(weights["a"], torch.arange(12.0).reshape(3, 4))
-    assert torch.equal(weights["b"], torch.arange(5.0) + 100)
-    assert set(weights) == {"a", "b"}
     reader = checkpoint.Reader(path)
+    assert torch.equal(reader.tensor("model.a"), torch.arange(12.0).reshape(3, 4))
+    assert torch.equal(reader.tensor("model.b", "exp_avg"), 2 * (torch.arange(5.0) + 100))
+    assert set(reader.shapes) == {"model.a", "model.b", "other"}
+    assert not reader.averaged
     for low in range(12):
         for high in range(low, 13):
             out = torch.full((high - low,), -1.0)
@@ -100,7 +107,7 @@ def test_a_flipped_bit_is_found_when_read(tmp_path: Path) -> None:
     data[-1] ^= 1
     victim.write_bytes(data)
     with pytest.raises(UserError, match=r"rank-00000.safetensors: sha256"):
-        dict(checkpoint.Reader(path).weights("model."))
+        checkpoint.Reader(path).tensor("model.a")
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
@@ -120,7 +127,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_half_written(tmp_
             save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
     found, warnings = checkpoint.newest_sound(tmp_path)
     assert (found, warnings) == (tmp_path / "step-00000001", [])
 
@@ -130,4 +137,77 @@ def test_what_a_killed_save_left_is_ignored_and_cleared(tmp_path: Path) -> None:
     (tmp_path / ".step-00000009.partial" / "rank-00000.safetensors").write_bytes(b"half")
     assert checkpoint.newest_sound(tmp_path) == (None, [])
     save(tmp_path, 10)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010"]
+
+
+class Large(Source):
+    """Of 16 MB, so that writing takes a while; every value is the step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.shapes = {"model.a": (1 << 20,)}
+        self.values = torch.full((1 << 20,), float(step))
+
+    def owned_fragments(self) -> Iterator[Fragment]:
+        yield Fragment("model.a", 0, dict.fromkeys(("weight", "exp_avg", "exp_avg_sq", "ema"), self.values))
+
+
+def save_without_end(folder: Path, first: int) -> None:
+    saver = checkpoint.Saver(folder, WORLD, keep=2)
+    for step in range(first, 10**6):
+        saver.save(Large(step), {"step": step})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_process_killed_at_any_moment_of_a_save_leaves_sound_checkpoints(tmp_path: Path) -> None:
+    """100 times: what bears the name of a checkpoint is one, whole, and none that was finished is lost."""
+    moments = random.Random(0)
+    newest = 0
+    for _ in range(100):
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)  # those of the parent are not there
+            save_without_end(tmp_path, newest + 1)
+        time.sleep(moments.uniform(0.005, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found, warnings = checkpoint.newest_sound(tmp_path, WORLD)
+        assert not warnings
+        step = checkpoint.read_state(found)["step"] if found else 0
+        assert step >= newest
+        newest = step
+        if found:
+            assert (checkpoint.Reader(found).tensor("model.a", "ema") == step).all()
+    assert newest >= 5  # so many were finished
+
+
+def test_what_is_saved_is_read_by_the_library(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    with safe_open(path / "rank-00000.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("model.a|exp_avg|7"), torch.arange(7.0, 12.0) * 2)
+        assert len(file.keys()) == 12
+    assert (tmp_path / "latest").read_text() == "step-00000003\n"
+
+
+def test_a_save_in_the_background_is_published_when_it_is_committed(tmp_path: Path) -> None:
+    saver = checkpoint.Saver(tmp_path, WORLD, keep=1)
+    saver.save(Source(), {"step": 1})  # pyright: ignore[reportArgumentType]
+    assert not checkpoint.checkpoints(tmp_path)
+    while not saver.ready:
+        time.sleep(0.001)
+    saver.commit()
+    assert not saver.ready
+    saver.finish()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000001"]
+
+
+def test_one_of_each_so_many_steps_is_kept_for_good(tmp_path: Path) -> None:
+    saver = checkpoint.Saver(tmp_path, WORLD, 2, lambda step: step % 4 == 0, background=False)
+    for step in range(1, 12):
+        saver.save(Source(), {"step": step})  # pyright: ignore[reportArgumentType]
+    assert [int(path.name[5:]) for path in checkpoint.checkpoints(tmp_path)] == [11, 10, 8, 4]
+
+
+def test_a_folder_that_cannot_be_written_stops_the_save(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.dir: got .*Not a directory.* while saving"):
+        save(tmp_path / "file" / "checkpoints", 1)

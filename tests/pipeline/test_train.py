@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,23 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.pipeline.runs import TINY, command, losses, same_weights, wait_for, words
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.metrics import read_metrics
-from vitscale.pipeline.weights import open_trained
-
-TINY = (
-    "model.depth=2", "model.width=32", "model.mlp_width=64", "model.heads=2", "model.patch_size=8",
-    "train.global_batch=30", "train.duration=12", "run.log_every=1", "engine.micro_batch=8",
-    "checkpoint.every=4", "checkpoint.keep=3", "eval.every=6", "data.workers=1",
-)  # fmt: skip
-
-
-def losses(folder: Path) -> list[float]:
-    """Training loss of each step; every step once, in order."""
-    rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [row["loss"] for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +24,6 @@ def reference(digits: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = command(digits, folder, "--nproc", "2")
     assert said.returncode == 0, said.stderr
     return folder
-
-
-def words(digits: Any, folder: Path, *more: str) -> list[str]:
-    data = (f"data.train={digits.train}", f"data.val={digits.test}", f"run.dir={folder}")
-    return [sys.executable, "-m", "vitscale.launch.cli", "pretrain", "digits-demo", *TINY, *data, *more]
-
-
-def command(digits: Any, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words(digits, folder, *more), capture_output=True, text=True, env=env, timeout=300)
 
 
 def test_a_run_leaves_what_it_says(reference: Path, digits: Any) -> None:
@@ -102,49 +78,31 @@ def test_ranks_end_with_their_launcher(digits: Any, tmp_path: Path) -> None:
     assert "of another recipe (train.duration" in said.stderr
 
 
-def test_a_killed_rank_ends_the_run_and_is_named(digits: Any, tmp_path: Path) -> None:
-    """One rank killed with -9, as when memory runs out: the others are ended, the last line says why."""
-    folder = tmp_path / "run"
-    command = words(digits, folder, "--nproc", "2", "train.duration=2000")
+def killed_child(digits: Any, folder: Path, *more: str) -> tuple[int, str]:
+    """Kill one process that a run has started, with -9, as when memory runs out. Returns exit code and stderr."""
+    command = words(digits, folder, "train.duration=2000", *more)
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(folder / "checkpoints" / "step-00000004", running)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     victim = next(child for child in children if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes())
     os.kill(int(victim), signal.SIGKILL)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 1
+    return running.returncode, said
+
+
+def test_a_killed_rank_ends_the_run_and_is_named(digits: Any, tmp_path: Path) -> None:
+    code, said = killed_child(digits, tmp_path / "run", "--nproc", "2")
+    assert code == 1
     last = said.strip().splitlines()[-1]  # a loader process may complain of the loss before the kernel ends it
     assert last.startswith("error: rank "), said
     assert "SIGKILL" in last, said
 
 
 def test_a_killed_loader_process_ends_the_run_and_is_named(digits: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    command = words(digits, folder, "data.workers=2", "train.duration=2000")
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(folder / "checkpoints" / "step-00000004", running)
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    victim = next(child for child in children if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes())
-    os.kill(int(victim), signal.SIGKILL)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 2
+    code, said = killed_child(digits, tmp_path / "run", "data.workers=2")
+    assert code == 2
     assert "data.workers: got 2, of which one died (DataLoader worker" in said
     assert "Traceback" not in said
-
-
-def wait_for(path: Path, running: subprocess.Popen) -> None:
-    """Until `path` is there; fails if the process ends first or a minute goes by."""
-    for _ in range(1200):
-        if path.exists():
-            return
-        assert running.poll() is None, f"ended with {running.returncode}"
-        time.sleep(0.05)
-    raise AssertionError(f"no {path}")
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    ours, theirs = (dict(open_trained(str(folder), "x").tensors()) for folder in (one, other))
-    return all((ours[name] == theirs[name]).all() for name in theirs)
 
 
 def test_other_ranks_stage_and_micro_batch_go_on_with_the_same_losses(
@@ -325,3 +283,21 @@ def test_a_cache_too_small_for_the_windows_is_refused(digits: Any, tmp_path: Pat
         server.stop()
     assert said.returncode == 2
     assert "data.cache_gb: got 0.0001 for 16 windows of 65536 images; expected at least" in said.stderr
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "losses-digits-200.json"
+SLOWLY = ("train.duration=200", "optim.lr=1e-4", "train.global_batch=31", "checkpoint.every=0", "eval.every=0")
+
+
+@pytest.mark.parametrize(("processes", "stage"), [(1, 0), (2, 3), (3, 1)])
+def test_two_hundred_steps_follow_the_golden_curve(digits: Any, tmp_path: Path, processes: int, stage: int) -> None:
+    """At a rate at which rounding grows to no more than 1e-4 in so many steps, on any processor and any ranks.
+
+    To write the curve anew: run digits-demo with TINY and SLOWLY on one rank, and keep the losses.
+    """
+    more = ("--nproc", str(processes), f"engine.zero_stage={stage}", *SLOWLY)
+    said = command(digits, tmp_path / "run", *more)
+    assert said.returncode == 0, said.stderr
+    golden = json.loads(GOLDEN.read_text())
+    assert len(golden) == 200
+    assert losses(tmp_path / "run") == pytest.approx(golden, abs=1e-3)
