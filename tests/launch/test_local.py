@@ -90,7 +90,8 @@ time.sleep(60)
 
 def test_ctrl_c_and_a_second_one(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that end do so by themselves; one that ignores it is killed at once by the second."""
-    source = "meet('ready')\nif rank == 0: os.kill(launcher, signal.SIGINT)\nelse: sys.exit(130)\ntime.sleep(60)"
+    source = "meet('ready')\nif rank == 0: os.kill(launcher, signal.SIGINT)\n"
+    source += "meet('sent')\nif rank == 1: sys.exit(130)\ntime.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
         run(source)
     monkeypatch.setattr(local, "GRACE", 60.0)

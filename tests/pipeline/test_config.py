@@ -48,7 +48,7 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Pa
         ("augment.crop=resize", "augment.crop", "'resized'"),
         ("model.img_size=33", "model.img_size", "32 or 36"),
         ("engine.zero_stage=4", "engine.zero_stage", "0, 1, 2 or 3"),
-        ("engine.dtype=fp16", "engine.dtype", "bf16"),
+        ("engine.dtype=fp8", "engine.dtype", "bf16"),
         ("train.global_batch=0", "train.global_batch", "at least 1"),
         ("lr", "override", "optim.lr=1e-3"),
         ("=3", "override", "optim.lr=1e-3"),

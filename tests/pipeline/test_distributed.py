@@ -18,7 +18,8 @@ STEP = {
 
 def test_torchrun_and_srun_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is as it was in the end
+        monkeypatch.delenv(name)
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert launcher_place(torchrun) == (3, 4, 1, 2)
     assert "MASTER_ADDR" not in os.environ

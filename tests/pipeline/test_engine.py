@@ -139,7 +139,10 @@ def plain_loop(count: int, lr: float = LR, optim: OptimConfig = OPTIM) -> list[d
     return rows
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=SLOW), 2, 3, pytest.param(4, marks=SLOW)])
 def test_stages_equal_a_plain_loop(ranks: Callable[..., Any], world_size: int) -> None:
     """Over 50 steps; sums in another order leave 1e-7 in a loss, which 50 steps at 1e-3 carry to about 1e-5."""
     expected = plain_loop(50)
@@ -254,7 +257,7 @@ def train_with_others(world: World, count: int) -> dict[str, list[float]]:
     return rows
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=SLOW)])
 def test_every_optimizer_equals_a_plain_loop_at_every_stage(ranks: Callable[..., Any], world_size: int) -> None:
     """Over 20 steps. Lion takes the sign of sums, which rounding can turn: such a weight moves by 2 lr."""
     got = ranks(__file__, "train_with_others", world_size, 20)

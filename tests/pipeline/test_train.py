@@ -289,7 +289,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "losses-digits-200.json"
 SLOWLY = ("train.duration=200", "optim.lr=1e-4", "train.global_batch=31", "checkpoint.every=0", "eval.every=0")
 
 
-@pytest.mark.parametrize(("processes", "stage"), [(1, 0), (2, 3), (3, 1)])
+@pytest.mark.parametrize(("processes", "stage"), [(1, 0), (2, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_two_hundred_steps_follow_the_golden_curve(digits: Any, tmp_path: Path, processes: int, stage: int) -> None:
     """At a rate at which rounding grows to no more than 1e-4 in so many steps, on any processor and any ranks.
 
