@@ -1,8 +1,10 @@
 """Runs that go wrong: signals, losses that are not finite, bad data, ranks that disagree."""
 
 import json
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from vitscale.launch.cli import RECIPES
 from vitscale.pipeline import checkpoint, train
 from vitscale.pipeline.config import load_recipe
 from vitscale.pipeline.distributed import World
+from vitscale.pipeline.engine import Step
 from vitscale.pipeline.metrics import read_metrics
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.planner import plan
@@ -201,3 +204,23 @@ def disagree(world: World) -> str:
     except UserError as error:
         return str(error).split(";")[0]
     return ""
+
+
+def test_optimizers_of_whole_matrices_are_refused_where_there_are_none(digits: Any, tmp_path: Path) -> None:
+    for name in ("muon", "adafactor"):
+        said = command(digits, tmp_path / "run", f"optim.name={name}")
+        assert said.returncode == 2
+        assert f"optim.name: got {name} with engine.zero_stage 2" in said.stderr
+        assert "Set engine.zero_stage=0" in said.stderr
+
+
+def test_a_spike_is_told_by_the_median_of_the_last_losses() -> None:
+    """Not before there are 25, and refused steps do not count."""
+    position = train.Position()
+    for step in range(1, 140):
+        assert position.spike(0.0) == math.inf
+        expected = 3.0 * statistics.median(range(max(1, step - 100), step)) if step > 25 else math.inf
+        assert position.spike(3.0) == expected
+        position.take(Step({"loss": float(step)}, []), spikes=True)
+        position.take(Step({"loss": 1e9}, [], "spike"), spikes=True)
+    assert (position.step, position.optimizer_steps, position.refused) == (278, 139, 1)
