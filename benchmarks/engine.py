@@ -46,7 +46,6 @@ from torch.multiprocessing.spawn import spawn
 from vitscale.model.initial import initial_weight
 from vitscale.model.registry import ModelConfig, ViTConfig
 from vitscale.model.vit import VisionTransformer
-from vitscale.pipeline.checkpoint import Saver
 from vitscale.pipeline.config import CheckpointConfig, Config, EngineConfig, EvalConfig, OptimConfig, RunConfig
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.distributed import World, gather, join, leave
@@ -56,6 +55,7 @@ from vitscale.pipeline.metrics import Meter, MetricsLog, Seen
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.optim import build_optimizer
 from vitscale.pipeline.placement import States
+from vitscale.pipeline.saver import Saver
 from vitscale.pipeline.schedule import parse_duration
 
 GPUS = torch.cuda.device_count()

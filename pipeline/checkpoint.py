@@ -16,13 +16,9 @@ removed first, and all files in their sizes. Its folder is then one that stands 
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
-import struct
-import threading
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +28,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitscale.data_prep.publish import publish_text, sync_folder
 from vitscale.errors import UserError
-from vitscale.pipeline.distributed import World, agree, gather
+from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.engine import EMA, Engine
-from vitscale.pipeline.mirror import fetch, names, remove, shown, sizes, store_of, upload, upload_text
+from vitscale.pipeline.mirror import fetch, names, shown, sizes
 
 FORMAT, READABLE = 2, (1, 2)
-PIECE = 1 << 24  # bytes written and hashed at a time, in which other threads go on
 FETCHES = 8  # files fetched at a time by who needs them all
 KEY = re.compile(r"(?P<name>[^|]+)\|(?P<kind>\w+)\|(?P<start>\d+)")
 FOLDER = re.compile(r"step-(\d{8,})")
@@ -55,198 +49,19 @@ class Index:
     files: dict[Path, str]
 
 
-class Saver:
-    """Writes the checkpoints of a run into `folder`. Every rank makes one, and calls its methods alike.
-
-    A save copies what this rank owns to the host's memory, from where a thread writes it. When that is over on all
-    ranks, which they find out together (`ready`), `commit` publishes the checkpoint, removes all but the newest `keep`
-    others, save those of steps that are `kept`, and those of later steps: the run went on from before them, so they
-    are damaged or of an abandoned course. A rank that cannot write (a full disk) makes all of them raise `UserError`;
-    earlier checkpoints stay as they are. Without `background` a save is over when it returns.
-
-    If `folder` stands for one in an object store, each rank's thread uploads its file, which then is not here any more,
-    and rank 0 publishes there; before that it calls `push`, for what is to be there when the checkpoint is.
-    """
-
-    def __init__(
-        self, folder: Path, world: World, keep: int, kept: Callable[[int], bool] = lambda _: False, *,
-        background: bool = True, push: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
-        self.folder, self._world, self._keep, self._kept = folder, world, keep, kept
-        self._background, self._push, self._store = background, push, store_of(folder)
-        self._last: float = math.inf  # step of the last save: those before may be of an abandoned course
-        self._host: dict[str, Tensor] = {}  # used again by the next save
-        self._state: dict[str, Any] | None = None  # of the checkpoint that is being written
-        self._thread: threading.Thread | None = None
-        self._outcome: dict[str, Any] | UserError | None = None  # of this rank's writing: a row of the index
-        self._shapes: dict[str, tuple[int, ...]] = {}
-
-    def save(self, engine: Engine, state: dict[str, Any]) -> None:
-        """Begin to write the checkpoint of `state["step"]`, once the one before is published."""
-        self.finish()
-        agree(self._make_room(state["step"]) if self._world.main else None)  # nobody writes before that is done
-        self._state, self._shapes, self._outcome = state, engine.shapes, None
-        self._copy(engine)
-        self._start(self._write)
-        if not self._background:
-            self.finish()
-
-    @property
-    def ready(self) -> bool:
-        """Whether this rank has written its part of a checkpoint that is not published yet."""
-        return self._state is not None and not self._busy
-
-    def commit(self) -> None:
-        """Publish the checkpoint, which is `ready` on every rank. It happens in the background too."""
-        assert self._state is not None
-        self._wait()
-        state, self._state = self._state, None
-        outcomes = gather(self._outcome)
-        if self._store and self._world.local_rank == 0:
-            _remove_partial(self.folder)  # empty by now
-        error = next((outcome for outcome in outcomes if isinstance(outcome, UserError)), None)
-        if error:
-            if self._world.main:
-                _remove_partial(self.folder)
-            raise error
-        self._outcome = None
-        if self._world.main:
-            self._start(lambda: self._publish(state, outcomes))
-
-    def finish(self) -> None:
-        """Wait until all that was begun is published. Raises `UserError` on every rank if it cannot be."""
-        if self._state is not None:
-            self.commit()
-        self._wait()
-        outcome, self._outcome = self._outcome, None
-        agree(outcome if isinstance(outcome, UserError) else None)
-
-    @property
-    def _busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def _start(self, work: Callable[[], None]) -> None:
-        def guarded() -> None:
-            try:
-                work()
-            except (OSError, UserError) as problem:
-                self._outcome = problem if isinstance(problem, UserError) else _cannot_write(self.folder, problem)
-                if self._state is None:
-                    _remove_partial(self.folder)
-
-        self._thread = threading.Thread(target=guarded, daemon=True, name="checkpoint")
-        self._thread.start()
-
-    def _wait(self) -> None:
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-
-    def _make_room(self, step: int) -> UserError | None:
-        """Remove what is left of killed saves. In a store, where files appear one by one, nothing of a checkpoint that
-        is written over may be taken for the new one; as steps only grow, none need be looked for at every save."""
-        _remove_partial(self.folder)
-        try:
-            for path in checkpoints(self.folder) if self._store and step <= self._last else ():
-                if _step(path) >= step:
-                    self._remove(path)
-        except OSError as problem:
-            return _cannot_write(self.folder, problem)
-        except UserError as problem:
-            return problem
-        self._last = step
-        return None
-
-    def _copy(self, engine: Engine) -> None:
-        """Copy what this rank saves to the host's memory, page-locked where it comes from a GPU."""
-        fresh: dict[str, Tensor] = {}
-        for fragment in engine.owned_fragments():
-            for kind, view in fragment.tensors.items():
-                key = f"{fragment.name}|{kind}|{fragment.start}"
-                held = self._host.get(key)
-                if held is None or held.shape != view.shape:
-                    held = torch.empty(view.shape, dtype=torch.float32, pin_memory=view.is_cuda)
-                fresh[key] = held.copy_(view, non_blocking=True)
-        if self._world.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._host = fresh
-
-    def _write(self) -> None:
-        hidden = self.folder / _hidden(self._step)
-        hidden.mkdir(parents=True, exist_ok=True)
-        path = hidden / f"rank-{self._world.rank:05d}.safetensors"
-        size, sha256 = write_safetensors(path, self._host)
-        if self._store:
-            upload(path, self._store, f"{_name(self._step)}/{path.name}")
-            path.unlink()
-        self._outcome = {"file": path.name, "bytes": size, "sha256": sha256}
-
-    @property
-    def _step(self) -> int:
-        assert self._state is not None
-        return self._state["step"]
-
-    def _publish(self, state: dict[str, Any], files: list[dict[str, Any]]) -> None:
-        step = state["step"]
-        name, hidden = _name(step), self.folder / _hidden(step)
-        index = json.dumps({"format": FORMAT, "tensors": self._shapes, "files": files}, indent=1)
-        about = json.dumps({"format": FORMAT, **state}, indent=1)
-        if self._store:
-            upload_text(about, self._store, f"{name}/state.json")
-            self._push()
-            upload_text(index, self._store, f"{name}/index.json")
-            upload_text(name + "\n", self._store, "latest")
-        else:
-            publish_text(hidden / "index.json", index)
-            publish_text(hidden / "state.json", about)
-            shutil.rmtree(self.folder / name, ignore_errors=True)  # a damaged one that was passed over
-            hidden.rename(self.folder / name)
-            sync_folder(self.folder)
-            publish_text(self.folder / "latest", name + "\n")
-        found = checkpoints(self.folder)
-        earlier = [path for path in found if _step(path) <= step and (not self._store or "index.json" in names(path))]
-        kept = [*earlier[: self._keep], *(path for path in earlier if self._kept(_step(path)))]
-        for path in found:
-            if path not in kept:
-                self._remove(path)
-
-    def _remove(self, path: Path) -> None:
-        if self._store:
-            remove(self._store, f"{path.name}/index.json")
-            remove(self._store, path.name)
-        else:
-            shutil.rmtree(path)
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
-    """Write float32 tensors of the host's memory as a safetensors file, synced; returns its bytes and sha256.
-
-    Other threads go on meanwhile, and the file is not read again for its checksum; the library's own writer holds the
-    interpreter's lock. Raises OSError.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for key, tensor in tensors.items():
-        begin, end = end, end + 4 * tensor.numel()
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for data in [struct.pack("<Q", len(text)) + text, *(tensor.numpy() for tensor in tensors.values())]:
-            whole = memoryview(data).cast("B") if len(data) else b""
-            for at in range(0, len(whole), PIECE):
-                file.write(whole[at : at + PIECE])
-                digest.update(whole[at : at + PIECE])
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    return size, digest.hexdigest()
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders in `folder`, the newest first, whether sound or not."""
-    return sorted((folder / name for name in names(folder) if FOLDER.fullmatch(name)), key=_step, reverse=True)
+    return sorted((folder / name for name in names(folder) if FOLDER.fullmatch(name)), key=step_of, reverse=True)
+
+
+def folder_name(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def newest_sound(folder: Path, world: World | None = None) -> tuple[Path | None, list[str]]:
@@ -433,19 +248,6 @@ def _check_contents(path: Path, sha256: str) -> None:
         raise _damaged(path, f"sha256 {found[:12]}…", f"{sha256[:12]}…")
 
 
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _hidden(step: int) -> str:
-    return f".{_name(step)}.partial"
-
-
-def _remove_partial(folder: Path) -> None:
-    for partial in folder.glob(".step-*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     fetch(path)
     try:
@@ -464,15 +266,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
 def _damaged(path: Path, got: str, expected: str) -> UserError:
     return UserError("checkpoint", f"{shown(path)}: {got}", expected, "The file is damaged: use another checkpoint.")
-
-
-def _cannot_write(folder: Path, error: Exception) -> UserError:
-    do = "Check network and credentials" if store_of(folder) else "Free some space or choose another run.dir"
-    remedy = f"{do}, and run again: it goes on from the last checkpoint."
-    return UserError("run.dir", f"{error} while saving to {shown(folder)}", "a folder that can be written", remedy)

@@ -24,6 +24,7 @@ from vitscale.pipeline.engine import Engine, Step
 from vitscale.pipeline.mirror import names, shown
 from vitscale.pipeline.planner import Plan
 from vitscale.pipeline.run_folder import writing
+from vitscale.pipeline.saver import Saver
 
 MOST_CHECKPOINTS = 10  # incidents of a run that keep their weights
 MOST_KEYS = 100_000  # samples whose keys are recorded
@@ -40,7 +41,7 @@ def record(plan: Plan, world: World, engine: Engine, step: int, data_step: int, 
     place = plan.folder / "incidents" / f"step-{step:08d}-batch-{data_step:08d}"
     kept = [name for name in names(place.parent) if checkpoint.checkpoints(place.parent / name)] if world.main else []
     if gather(len(kept))[0] < MOST_CHECKPOINTS:
-        checkpoint.Saver(place, world, keep=1, background=False).save(engine, state)
+        Saver(place, world, keep=1, background=False).save(engine, state)
     if world.main:
         numbers, epochs = plan.order.batch(data_step)
         incident = {

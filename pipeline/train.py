@@ -42,6 +42,7 @@ from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.planner import Plan, find_resume, recipe_hash
 from vitscale.pipeline.profiler import Profiler
 from vitscale.pipeline.run_folder import run_lock, versions, write_environment, writing
+from vitscale.pipeline.saver import Saver
 from vitscale.pipeline.schedule import lr_factor
 from vitscale.pipeline.signals import StopSignals
 from vitscale.pipeline.watchdog import Watchdog
@@ -102,7 +103,7 @@ class Run:
     plan: Plan
     world: World
     engine: Engine
-    saver: checkpoint.Saver
+    saver: Saver
     signals: StopSignals
     watchdog: Watchdog
     position: Position
@@ -137,7 +138,7 @@ def train(plan: Plan, world: World) -> None:
             if world.main:
                 announce(plan, world, engine, resume, position.step)
             folder, keep, background = plan.folder / "checkpoints", config.checkpoint.keep, config.checkpoint.background
-            saver = checkpoint.Saver(folder, world, keep, plan.keeps, background=background, push=push)
+            saver = Saver(folder, world, keep, plan.keeps, background=background, push=push)
             log = open_log(plan, world, position.step) if world.main else None
             meter = Meter(engine.watch, world, plan.model, config, position.step, plan.steps)
             run = Run(plan, world, engine, saver, signals, watchdog, position, meter, log)

@@ -17,6 +17,7 @@ from vitscale.errors import UserError
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.engine import Fragment
+from vitscale.pipeline.saver import Saver
 
 WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -36,7 +37,7 @@ class Source:
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:
-    saver = checkpoint.Saver(folder, WORLD, keep, background=False)
+    saver = Saver(folder, WORLD, keep, background=False)
     saver.save(Source(), {"step": step, "note": "x"})  # pyright: ignore[reportArgumentType]
     return folder / f"step-{step:08d}"
 
@@ -153,7 +154,7 @@ class Large(Source):
 
 
 def save_without_end(folder: Path, first: int) -> None:
-    saver = checkpoint.Saver(folder, WORLD, keep=2)
+    saver = Saver(folder, WORLD, keep=2)
     for step in range(first, 10**6):
         saver.save(Large(step), {"step": step})  # pyright: ignore[reportArgumentType]
 
@@ -189,7 +190,7 @@ def test_what_is_saved_is_read_by_the_library(tmp_path: Path) -> None:
 
 
 def test_a_save_in_the_background_is_published_when_it_is_committed(tmp_path: Path) -> None:
-    saver = checkpoint.Saver(tmp_path, WORLD, keep=1)
+    saver = Saver(tmp_path, WORLD, keep=1)
     saver.save(Source(), {"step": 1})  # pyright: ignore[reportArgumentType]
     assert not checkpoint.checkpoints(tmp_path)
     while not saver.ready:
@@ -201,7 +202,7 @@ def test_a_save_in_the_background_is_published_when_it_is_committed(tmp_path: Pa
 
 
 def test_one_of_each_so_many_steps_is_kept_for_good(tmp_path: Path) -> None:
-    saver = checkpoint.Saver(tmp_path, WORLD, 2, lambda step: step % 4 == 0, background=False)
+    saver = Saver(tmp_path, WORLD, 2, lambda step: step % 4 == 0, background=False)
     for step in range(1, 12):
         saver.save(Source(), {"step": step})  # pyright: ignore[reportArgumentType]
     assert [int(path.name[5:]) for path in checkpoint.checkpoints(tmp_path)] == [11, 10, 8, 4]

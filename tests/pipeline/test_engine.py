@@ -28,6 +28,7 @@ from vitscale.pipeline.incidents import trace
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.optim import build_optimizer
 from vitscale.pipeline.placement import Placement, deepspeed_config
+from vitscale.pipeline.saver import Saver
 
 GLOBAL_BATCH, MICRO_BATCH, SAMPLES = 21, 4, 105  # ragged on purpose: 21 rows on 2 ranks are 3 micro batches
 MODEL = ViTConfig(img_size=16, patch_size=4, depth=2, width=32, mlp_width=64, heads=4, num_classes=5, pre_logits=True)
@@ -162,7 +163,7 @@ def save_and_resume(world: World, folder: str) -> dict[str, list[float]]:
     for stage in range(4):
         engine = make_engine(world, stage, optim=replace(OPTIM, ema=0.9))
         steps(engine, world, 0, 4)
-        checkpoint.Saver(Path(folder) / str(stage), world, keep=1, background=False).save(engine, {"step": 4})
+        Saver(Path(folder) / str(stage), world, keep=1, background=False).save(engine, {"step": 4})
         rows[f"{stage}"] = after(engine, world)
     return rows | resume(world, folder)
 

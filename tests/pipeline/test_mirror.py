@@ -28,6 +28,7 @@ from vitscale.pipeline.export import export
 from vitscale.pipeline.keeping import kept_in_store
 from vitscale.pipeline.mirror import fetch, reading_folder, shown, store_of, working_folder
 from vitscale.pipeline.report import write_report
+from vitscale.pipeline.saver import Saver, write_safetensors
 from vitscale.pipeline.status import read_status
 from vitscale.pipeline.weights import open_trained
 
@@ -161,7 +162,7 @@ def test_a_store_that_goes_away_ends_the_run_at_a_save_and_it_goes_on_later(
 
 
 def save(folder: Path, *steps: int, keep: int = 9, **more: Any) -> None:
-    saver = checkpoint.Saver(folder, WORLD, keep, background=False, **more)
+    saver = Saver(folder, WORLD, keep, background=False, **more)
     for step in steps:
         saver.save(Source(), {"step": step})  # pyright: ignore[reportArgumentType]
 
@@ -217,7 +218,7 @@ def test_a_rank_fetches_the_files_that_hold_its_ranges(
     for rank in range(ranks):
         file = path / f"rank-{rank:05d}.safetensors"
         values = torch.arange(rank * each, (rank + 1) * each, dtype=torch.float32)
-        size, sha256 = checkpoint.write_safetensors(file, {f"model.a|weight|{rank * each}": values})
+        size, sha256 = write_safetensors(file, {f"model.a|weight|{rank * each}": values})
         rows.append({"file": file.name, "bytes": size, "sha256": sha256})
     index = {"format": checkpoint.FORMAT, "tensors": {"model.a": [ranks, each]}, "files": rows}
     (path / "index.json").write_text(json.dumps(index))
@@ -247,7 +248,7 @@ def nodes(world: World, scratch: str) -> list[Any]:
     """Each rank a node of its own: what each has on its disk while it holds a checkpoint, and what it read."""
     os.environ["VITSCALE_SCRATCH"] = f"{scratch}/{world.rank}"
     folder, node = working_folder("s3://bucket/nodes/checkpoints"), replace(world, local_rank=0)
-    saver = checkpoint.Saver(folder, node, keep=1)
+    saver = Saver(folder, node, keep=1)
     for step in (1, 2):
         saver.save(Source(), {"step": step})  # pyright: ignore[reportArgumentType]
         saver.finish()
@@ -364,7 +365,7 @@ def test_a_store_that_does_not_answer_is_no_damaged_checkpoint(monkeypatch: pyte
     try:
         with object_store() as (server, _):
             folder = working_folder("s3://bucket/silent/checkpoints")
-            saver = checkpoint.Saver(folder, WORLD, 9)
+            saver = Saver(folder, WORLD, 9)
             saver.save(Source(), {"step": 1})  # pyright: ignore[reportArgumentType]
             saver.finish()
             server.stop()
