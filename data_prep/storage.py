@@ -4,6 +4,7 @@ Names within a folder are relative, with `/`; none leads out of it. A published 
 """
 
 import io
+import logging
 import os
 import shutil
 import tempfile
@@ -247,6 +248,8 @@ def file_system(scheme: str) -> Any:
     """fsspec's file system, one a process; its settings come from the environment and fsspec's own configuration."""
     import fsspec
 
+    # a connection that breaks off leaves tasks whose errors nobody asks for: they would be printed with tracebacks
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     return fsspec.filesystem(scheme)
 
 

@@ -36,6 +36,7 @@ def record(plan: Plan, world: World, engine: Engine, step: int, data_step: int, 
 
     `state` is that of a checkpoint as it stood before the step.
     """
+    torch.manual_seed(dropout_seed(plan, step, world.size, world.rank))
     found = trace(engine, batches_of_step(plan, world, data_step), plan.config.train.global_batch)
     causes = {f"rank {rank}": cause for rank, cause in enumerate(gather(found)) if cause}
     place = plan.folder / "incidents" / f"step-{step:08d}-batch-{data_step:08d}"

@@ -77,6 +77,7 @@ def train_by_variants(world: World) -> list[dict[str, Any]]:
     return [train(world, *variant, False) for variant in [*variants, (False, False, False), (True, True, False)]]
 
 
+@pytest.mark.slow
 def test_recomputation_of_partitioned_blocks_changes_no_bit(ranks: Callable[..., Any]) -> None:
     """With the weights of a block gathered one module at a time, or all together; built partitioned, or whole."""
     plain, *others = ranks(__file__, "train_by_variants", 2)

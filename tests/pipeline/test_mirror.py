@@ -137,6 +137,7 @@ def test_a_run_in_a_store_goes_on_exactly_after_a_kill(
     assert page.count("<svg") == 2  # curves, and the confusion matrix of what is in the store
 
 
+@pytest.mark.slow
 def test_a_store_that_goes_away_ends_the_run_at_a_save_and_it_goes_on_later(
     digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
