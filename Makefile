@@ -10,10 +10,10 @@ demo: .venv/demo
 demo-clean:
 	rm -rf demo
 
-test: lint
+test: lint .venv/peers
 	$(BIN)/pytest -m "not slow"
 
-test-slow: .venv/test
+test-slow: .venv/test .venv/peers
 	$(BIN)/pytest -m slow
 
 lint: .venv/test .types
@@ -36,6 +36,12 @@ clean: demo-clean
 
 .venv/demo .venv/test: .venv/%: .venv/torch pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+# timm, to compare with, lies apart: beside a torch without CUDA its torchvision can only be imported as tests/peers.py does
+.venv/peers: constraints.txt .venv/test
+	rm -rf $@
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target $@ timm torchvision
 	touch $@
 
 # What the type checker reads: the folders under the names by which they are imported

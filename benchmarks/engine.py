@@ -43,8 +43,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from vitscale.model.build import initial_rules
+from vitscale.model.config import ViTConfig
 from vitscale.model.initial import initial_weight
-from vitscale.model.registry import ModelConfig, ViTConfig
+from vitscale.model.registry import ModelConfig
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline.config import CheckpointConfig, Config, EngineConfig, EvalConfig, OptimConfig, RunConfig
 from vitscale.pipeline.data.augment import Preprocess
@@ -82,7 +84,8 @@ IMAGENET, IMAGENET_VAL = 1_281_167, 50_000
 def make_engine(world: World, model: ViTConfig, stage: int, ema: float = 0.0) -> Engine:
     config = EngineConfig(zero_stage=stage)
     engine = Engine(lambda: make_objective(model), config, OptimConfig(ema=ema), world, accumulation=1)
-    engine.load(lambda name: initial_weight(name.removeprefix("model."), engine.shapes[name], 0))
+    rules = initial_rules(model)
+    engine.load(lambda name: initial_weight(name.removeprefix("model."), engine.shapes[name], 0, rules))
     return engine
 
 
@@ -107,7 +110,8 @@ def plain_loop(world: World, model: ViTConfig) -> Callable[[dict[str, Tensor], i
     objective, optim = make_objective(model), OptimConfig()
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
-            parameter.copy_(initial_weight(name.removeprefix("model."), tuple(parameter.shape), 0))
+            shape = tuple(parameter.shape)
+            parameter.copy_(initial_weight(name.removeprefix("model."), shape, 0, initial_rules(model)))
     objective.to(world.device)
     network = nn.parallel.DistributedDataParallel(objective, device_ids=[world.device] if GPUS else None)
     optimizer = build_optimizer(objective, optim)

@@ -295,20 +295,59 @@ def predict(
 def export(
     source: Annotated[str, typer.Argument(help="A run, or one of its checkpoints.")],
     out: Annotated[str, typer.Argument(help="New folder for the export.")],
+    formats: Annotated[
+        str, typer.Option("--format", help="safetensors, hf, timm, onnx, pt2; several with commas between.")
+    ] = "safetensors",
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="onnx and pt2: images of any size that consists of whole patches.")
+    ] = False,
+    licence: Annotated[str, typer.Option(help="Stated in the model card, such as apache-2.0.")] = "",
     weights: Weights = "auto",
     debug: Debug = False,
 ) -> None:
-    """Write the network as safetensors with its configuration, read back and compared before it appears.
+    """Write the network in formats that others read, each read back and compared before it appears.
 
-    Example: `vitscale export runs/a exported`
+    Example: `vitscale export runs/a exported --format safetensors,hf,onnx`
     """
     from vitscale.pipeline.config import require_choice
     from vitscale.pipeline.console import say
     from vitscale.pipeline.export import export as run
 
     require_choice("--weights", weights, ("auto", "raw", "ema"))
-    difference = run(source, out, weights)
-    say(f"{out}: model.safetensors, config.json; largest difference of logits from {source}: {difference:.1e}")
+    chosen = [name.strip() for name in formats.split(",")]
+    exported = run(source, out, chosen, weights=weights, dtype=dtype, dynamic_size=dynamic_size, licence=licence)
+    for made in exported:
+        checked = f"largest difference of logits from {source}, read by {made.reader}: {made.difference:.1e}"
+        say(f"{made.folder}: {', '.join(made.files)}; {checked}")
+
+
+@app.command()
+@stage
+def models(
+    containing: Annotated[str, typer.Argument(metavar="[PART]", help="Only names with this in them.")] = "",
+    sizes: Annotated[bool, typer.Option("--sizes", help="Parameters and multiply-adds for 1,000 classes.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Names for `model.name`; other sides of images and patches follow the same patterns.
+
+    Example: `vitscale models large --sizes`
+    """
+    from vitscale.model.registry import ModelConfig, list_models
+    from vitscale.pipeline.console import say
+
+    names = [name for name in list_models() if containing in name]
+    if not names:
+        raise UserError("PART", repr(containing), "a part of a name", "`vitscale models` lists all of them.")
+    if not sizes:
+        say("\n".join(names))
+        return
+    from vitscale.model.flops import forward_macs, parameters
+
+    for name in names:
+        config = ModelConfig(name).resolve(num_classes=1000)
+        macs, count = forward_macs(config) / 1e9, parameters(config) / 1e6
+        say(f"{name:36} {count:9.2f} M parameters  {macs:9.2f} G multiply-adds  {config.summary}")
 
 
 @app.command()

@@ -2,5 +2,5 @@
 
 Shape suffixes (a tensor whose shape is not plain from its line carries one, as in `tokens_BND`):
 B batch · L blocks · N tokens · D width · H heads · E width of a head (D / H) · C channels · K classes · P patch side ·
-Y, X rows and columns (pixels of an image, patches of a grid).
+W windows · Y, X rows and columns (pixels of an image, patches of a grid).
 """

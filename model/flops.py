@@ -1,26 +1,41 @@
-"""How much arithmetic a Vision Transformer asks for, counted from its configuration alone. Imports no torch."""
+"""How much arithmetic a network asks for."""
 
-from vitscale.model.registry import ViTConfig
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitscale.model.build import build_network
+from vitscale.model.config import ArchitectureConfig
 
 
-def forward_macs(config: ViTConfig, size: int | None = None) -> int:
+@lru_cache(maxsize=64)
+def forward_macs(config: Any, size: int | None = None) -> int:
     """Multiply-adds of the forward pass of one image of `size` px a side (default: `config.img_size`).
 
-    Matrix products are counted: the projection of the patches; in each block query, key and value, the scores of all
-    tokens with all, the mixing of values by them, the projection, and the two layers of the MLP; the hidden layer of
-    the head, if there is one, and the classifier. Biases, norms, softmax, GELU, residuals and the interpolation of
-    positions are not. (timm's tables, by fvcore, add 5 operations an element for every layer norm: 0.1% of B/16.)
+    Matrix products and convolutions, as torch counts them while the network runs without memory or values. Biases,
+    norms, softmax, GELU, residuals, Fourier transforms and the interpolation of positions are not counted. (timm's
+    tables, by fvcore, add 5 operations an element for every layer norm: 0.1% of B/16.)
     """
-    patches = ((config.img_size if size is None else size) // config.patch_size) ** 2
-    tokens, width = patches + 1, config.width
-    dense = 4 * width * width + 2 * width * config.mlp_width  # of one token in one block
-    attention = 2 * tokens * width  # scores and mixing; the heads share the width
-    embedding = patches * 3 * config.patch_size**2 * width
-    head = width * config.num_classes + (width * width if config.pre_logits else 0)
-    return embedding + config.depth * tokens * (dense + attention) + head
+    if size is not None:  # else the resizing of positions would count
+        config = replace(config, img_size=size)
+    with torch.device("meta"), torch.no_grad():
+        network = build_network(config, seed=None).eval()
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, 3, config.img_size, config.img_size))
+    return counter.get_total_flops() // 2
 
 
-def training_flops(config: ViTConfig, size: int | None = None) -> int:
+def parameters(config: ArchitectureConfig) -> int:
+    """Learnt numbers of a network."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_network(config, seed=None).parameters())
+
+
+def training_flops(config: ArchitectureConfig, size: int | None = None) -> int:
     """Floating-point operations of training on one image: 2 to a multiply-add, 3 forward passes' worth.
 
     A backward pass costs two forward passes: gradients of inputs and of weights. What is computed a second time to

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vitscale.errors import UserError
 from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.engine import EMA, Engine
 from vitscale.pipeline.mirror import fetch, names, shown, sizes
+from vitscale.pipeline.tensor_file import TensorFile
 
 FORMAT, READABLE = 2, (1, 2)
 FETCHES = 8  # files fetched at a time by who needs them all
@@ -217,14 +218,13 @@ class Shard:
         checked = fetch(path, sha256) or verified
         self.path, self._sha256 = path, None if checked else sha256
         try:
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+            self._file = TensorFile(path)
+        except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(path, str(error), "a safetensors file") from error
 
     def lengths(self) -> Iterator[tuple[str, int]]:
         """Key and number of elements of every range in the file. Raises `UserError` for what is not 1-D."""
-        for key in list(self._file.keys()):
-            shape = self._file.get_slice(key).get_shape()
+        for key, shape in self._file.shapes.items():
             if len(shape) != 1:
                 raise _damaged(self.path, f"{key} of shape {shape}", "one dimension")
             yield key, shape[0]
@@ -234,7 +234,10 @@ class Shard:
         if self._sha256:
             _check_contents(self.path, self._sha256)
             self._sha256 = None
-        return self._file.get_slice(key)[low:high]
+        try:
+            return self._file.read_range(key, low, high)
+        except OSError as error:
+            raise _damaged(self.path, str(error), "a file that can be read") from error
 
 
 def _check_contents(path: Path, sha256: str) -> None:

@@ -244,7 +244,8 @@ class EngineConfig:
     `fp32`; `bf16` or `fp16` (weights in 16 bits, float32 masters; ZeRO stages 1 to 3; `fp16` with a dynamic loss
     scale). `tf32` lets GPUs round factors of float32 products to 10 bits. `offload` keeps the `optimizer` state, or
     `all` parameters as well (stage 3), in the host's memory; `auto` where the GPU's does not suffice. `recompute`
-    keeps the `blocks`' inputs alone and computes the rest again in the backward pass. `compile`: by torch.compile.
+    keeps the `blocks`' inputs alone and computes the rest again in the backward pass, in every `recompute_every`-th
+    block; `selective` keeps the results of their matrix products too. `compile`: by torch.compile.
     `deepspeed` is merged into DeepSpeed's own configuration.
     """
 
@@ -255,6 +256,7 @@ class EngineConfig:
     tf32: bool = True
     offload: str = "auto"
     recompute: str = "none"
+    recompute_every: int = 1
     compile: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
@@ -262,7 +264,9 @@ class EngineConfig:
         require_choice("engine.device", self.device, ("auto", "cpu", "cuda"))
         require_choice("engine.dtype", self.dtype, ("fp32", "bf16", "fp16"))
         require_choice("engine.offload", self.offload, ("auto", "none", "optimizer", "all"))
-        require_choice("engine.recompute", self.recompute, ("none", "blocks"))
+        require_choice("engine.recompute", self.recompute, ("none", "blocks", "selective"))
+        every = self.recompute_every
+        require(every > 0, "engine.recompute_every", every, "at least 1 block", "1 recomputes every block.")
         require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3", "2 is usual.")
         size = self.micro_batch
         whole = size == "auto" or (isinstance(size, int) and not isinstance(size, bool) and size > 0)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitscale.model.layers import Block, compile_blocks
+from vitscale.model.layers import Block
+from vitscale.model.network import compile_blocks
 from vitscale.pipeline.config import EngineConfig, OptimConfig
 from vitscale.pipeline.distributed import World, sum_over_ranks
 from vitscale.pipeline.optim import Lamb, build_optimizer, fresh_state, state_tensors
@@ -102,7 +103,8 @@ class Engine:
         with deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else world.device:
             objective = build()
         if self.stage == 3:  # a block's weights are gathered at once, outside of its graph, and not again to recompute
-            deepspeed.utils.set_z3_leaf_modules(objective, [Block])
+            kinds = {type(module) for module in objective.modules() if isinstance(module, Block)}
+            deepspeed.utils.set_z3_leaf_modules(objective, list(kinds))
         if config.compile:
             compile_blocks(objective.model)
         self._deepspeed, self.optimizer, *_ = deepspeed.initialize(

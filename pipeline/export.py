@@ -1,47 +1,88 @@
-"""Trained weights → a folder to keep and to share: `model.safetensors` and `config.json`."""
+"""Trained weights → folders to keep and to share, each checked against its source before it appears."""
 
+import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from torch import Tensor
 
 from vitscale.data_prep.publish import publish_text, sync_folder
 from vitscale.errors import UserError
-from vitscale.model.vit import VisionTransformer
-from vitscale.pipeline.run_folder import versions
-from vitscale.pipeline.weights import EXPORT_FORMAT, describe, open_trained
+from vitscale.pipeline.config import require, require_choice
+from vitscale.pipeline.formats.card import card, provenance
+from vitscale.pipeline.formats.check import difference, fixed_images, loaded, streamed_logits
+from vitscale.pipeline.weights import Tensors, Trained, open_trained
+
+STREAMED = {"safetensors": "ours", "hf": "hugging_face", "timm": "timm"}  # modules of pipeline/formats
+GRAPHS = {"onnx": "onnx", "pt2": "pt2"}  # these need the whole network
+FORMATS = (*STREAMED, *GRAPHS)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Largest difference of logits, as a share of the largest logit (or of 1): the same network on the same weights differs
+# by nothing; the same arithmetic in another order by some 1e-6; arithmetic in 16 bits by some 1e-2 in many layers.
+EXACT, REORDERED, ROUGH = 0.0, 1e-4, 0.1
 
 
-def export(source: str, out: str, weights: str = "auto") -> float:
-    """Export the network at `source` (a run or a checkpoint) into the new folder `out`; `weights` as in `open_trained`.
+@dataclass(frozen=True)
+class Exported:
+    """One export: its folder, files, and the largest difference of logits that `reader` found on fixed images."""
 
-    Before `out` appears, what was written is read back and its logits are compared with the source's on fixed
-    inputs; returns their largest absolute difference. Raises `UserError` if `out` exists, if there is nothing to
-    export, or if the logits differ.
+    format: str
+    folder: Path
+    files: list[str]
+    difference: float
+    reader: str
+
+
+def export(
+    source: str,
+    out: str,
+    formats: list[str] | None = None,
+    *,
+    weights: str = "auto",
+    dtype: str = "float32",
+    dynamic_size: bool = False,
+    licence: str = "",
+) -> list[Exported]:
+    """Export the network at `source` (a run, a checkpoint, or another export) into the new folder `out`.
+
+    One format is written into `out`, several each into a folder of its name within. `weights` as in `open_trained`;
+    `dtype` is that of the weights, one of `DTYPES`; `dynamic_size` makes graphs for images of any size. Weights go
+    through memory one tensor at a time, but for graphs.
+
+    Before `out` appears, each export is read back, by the library that it is for where that is there, and its logits
+    on fixed images are compared with those of the source's weights rounded to `dtype`. Raises `UserError` if `out`
+    exists, if there is nothing to export, if a format cannot hold the network, or if logits differ.
     """
+    chosen = list(dict.fromkeys(formats or ["safetensors"]))
+    for name in chosen:
+        require_choice("--format", name, FORMATS)
+    require_choice("--dtype", dtype, DTYPES)
+    graphs = [name for name in chosen if name in GRAPHS]
+    require(not dynamic_size or bool(graphs), "--dynamic-size", ", ".join(chosen), "onnx or pt2", "Leave it out.")
     target = Path(out)
     if target.exists():
         raise UserError("OUT", f"{out}, which exists", "a new folder", "Choose another name, or remove it first.")
     trained = open_trained(source, "SOURCE", weights)
-    network = trained.load()
+    for name in graphs:
+        module_of(name).check(trained.model, DTYPES[dtype], dynamic_size)
+    trained = replace(trained, origin={**trained.origin, **provenance(trained)})
     partial = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(network.state_dict(), partial / "model.safetensors")
-        (partial / "model.safetensors").chmod(0o644)  # safetensors makes it private
-        description = describe(trained.model, trained.classes, trained.preprocess)
-        config = {"format": EXPORT_FORMAT, **description, "origin": trained.origin, "versions": versions()}
-        publish_text(partial / "config.json", json.dumps(config, indent=1))
-        difference = largest_difference(network, open_trained(str(partial), "OUT").load())
-        if difference != 0:  # the same float32 weights in the same network; nan if they are not finite
-            raise UserError("OUT", f"logits that differ by {difference}", "the source's logits", "Check the source.")
-        with (partial / "model.safetensors").open("rb") as file:
-            os.fsync(file.fileno())
+        done = []
+        for name in chosen:
+            folder = partial / name if len(chosen) > 1 else partial
+            folder.mkdir(exist_ok=True)
+            made = _export(trained, folder, name, DTYPES[dtype], dynamic_size, licence)
+            done.append(replace(made, folder=target / name if len(chosen) > 1 else target))
         partial.rename(target)
         sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
@@ -50,12 +91,53 @@ def export(source: str, out: str, weights: str = "auto") -> float:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return difference
+    return done
 
 
-@torch.inference_mode()
-def largest_difference(one: VisionTransformer, other: VisionTransformer) -> float:
-    """Largest absolute difference of the logits of two networks on four fixed images of noise."""
-    side = one.config.img_size
-    images = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return (one(images) - other(images)).abs().max().item()
+def _export(
+    trained: Trained, folder: Path, name: str, dtype: torch.dtype, dynamic_size: bool, licence: str
+) -> Exported:
+    """Write one format into an empty folder, check it, describe it, and sync all of it."""
+    rounded = replace(trained, open=lambda: _rounded(trained.open(), dtype))
+    images = fixed_images(trained.model.img_size)
+    expected = streamed_logits(trained.model, rounded.open().read, images)
+    form = module_of(name)
+    if name in GRAPHS:
+        form.write(loaded(trained.model, rounded.open().read), folder, dtype, dynamic_size)
+    else:
+        form.write(rounded, folder, dtype)
+    got, reader = form.logits(folder, images)
+    found, largest = difference(got, expected), max(expected.abs().max().item(), 1.0)
+    tolerance = EXACT if name == "safetensors" else REORDERED if dtype == torch.float32 else ROUGH
+    if not found <= tolerance * largest:
+        got = f"logits that differ from the source's by {found:.1e}, of {largest:.1e}"
+        raise UserError("--format", f"{name}: {got}", f"at most {tolerance * largest:.0e}", "Choose another format.")
+    rows = {
+        "format": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "largest difference of logits": f"{found:.1e} on {len(images)} images, read by {reader}",
+        **{f"sha256 of {path.name}": _sha256(path) for path in sorted(folder.iterdir())},
+    }
+    publish_text(folder / "README.md", card(trained, licence, form.LOADING, rows))
+    publish_text(folder / "export.json", json.dumps({**rows, "max_difference": found}, indent=1))
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return Exported(name, folder, sorted(path.name for path in folder.iterdir()), found, reader)
+
+
+def module_of(name: str) -> Any:
+    """The module of a format, with `write` and `logits`; that of a graph has `check` too."""
+    return import_module(f"vitscale.pipeline.formats.{(STREAMED | GRAPHS)[name]}")
+
+
+def _rounded(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    def read(name: str) -> Tensor:
+        return tensors.read(name).to(dtype).float()
+
+    return tensors if dtype == torch.float32 else Tensors(tensors.shapes, read)
+
+
+def _sha256(path: Path) -> Any:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,14 +1,23 @@
 """Starting from trained weights: another resolution, another set of classes."""
 
+from dataclasses import fields
+from typing import Any
+
 from vitscale.errors import UserError
-from vitscale.model.registry import ViTConfig
-from vitscale.model.vit import adapt_weights
+from vitscale.model.adapt import adapt_weights
+from vitscale.model.config import ArchitectureConfig
 from vitscale.pipeline.engine import Weights
 from vitscale.pipeline.weights import Trained
 
+# settings of a network that may differ from the trained one's: the weights are adapted, or do not depend on them
+ADAPTED = {
+    "img_size", "patch_size", "window", "num_classes", "pre_logits", "head_bias", "dropout", "drop_path", "patch_drop",
+    "antialias",
+}  # fmt: skip
+
 
 def fine_tuned_weights(
-    ours: ViTConfig, shapes: dict[str, tuple[int, ...]], trained: Trained, fresh: Weights
+    ours: ArchitectureConfig, shapes: dict[str, tuple[int, ...]], trained: Trained, fresh: Weights
 ) -> tuple[Weights, list[str]]:
     """The weights of a network of these `shapes` to begin fine-tuning with: the trained ones, positions interpolated to
     its grid, and a `fresh` zero-initialised head.
@@ -29,14 +38,25 @@ def fine_tuned_weights(
     )
 
 
-def check_architecture(ours: ViTConfig, trained: Trained) -> None:
-    """Raise `UserError` if `trained` differs from the architecture `ours` in more than resolution, head and dropout."""
-    theirs = trained.model
-    for key in ("patch_size", "depth", "width", "mlp_width", "heads"):
-        if getattr(ours, key) != getattr(theirs, key):
-            raise UserError(
-                "init_from",
-                f"{trained.path} with {key} {getattr(theirs, key)}",
-                f"the recipe's architecture, {key} {getattr(ours, key)}",
-                f"Set model.{key}={getattr(theirs, key)}, or choose another checkpoint.",
-            )
+def check_architecture(ours: ArchitectureConfig, trained: Trained) -> None:
+    """Raise `UserError` if `trained` differs from the architecture `ours` in what weights cannot be adapted to."""
+    theirs: Any = trained.model
+    remedy = "Set model.name to an architecture of its family, or choose another checkpoint."
+    if ours.family != theirs.family:
+        got, expected = f"{trained.path}, a {theirs.family}", f"the recipe's architecture, a {ours.family}"
+        raise UserError("init_from", got, expected, remedy)
+    names = [field.name for field in fields(ours) if field.name not in ADAPTED]
+    names = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+    if names:
+        got = ", ".join(f"{name} {getattr(theirs, name)}" for name in names)
+        expected = ", ".join(f"{name} {getattr(ours, name)}" for name in names)
+        settings = " ".join(f"model.{name}={_written(getattr(theirs, name))}" for name in names)
+        remedy = f"Add {settings}, or choose another checkpoint."
+        raise UserError("init_from", f"{trained.path} with {got}", f"the recipe's architecture, {expected}", remedy)
+
+
+def _written(value: Any) -> str:
+    """A setting's value as it is typed at a command."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"'[{','.join(map(str, value))}]'" if isinstance(value, tuple) else str(value)

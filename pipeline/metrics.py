@@ -14,8 +14,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from vitscale.model.config import ArchitectureConfig
 from vitscale.model.flops import training_flops
-from vitscale.model.registry import ViTConfig
 from vitscale.pipeline.config import Config
 from vitscale.pipeline.distributed import World, sum_over_ranks
 from vitscale.pipeline.timing import DTYPES, Stopwatch, measured_peak
@@ -163,7 +163,7 @@ class Meter:
     """
 
     def __init__(
-        self, watch: Stopwatch, world: World, model: ViTConfig, config: Config, first: int, total: int
+        self, watch: Stopwatch, world: World, model: ArchitectureConfig, config: Config, first: int, total: int
     ) -> None:
         self._watch, self._world, self._total, self._size = watch, world, total, config.train.global_batch
         self.flops = training_flops(model)  # of one image

@@ -152,15 +152,17 @@ def synthetic(plan: Plan, rows: int, device: torch.device) -> Batch:
 def find(plan: Plan, world: World, make: Make, left: float, most: int) -> Found:
     """`largest` for this rank of a run, up to `most` images. No other rank takes part."""
 
+    alike = plan.model.alike  # else the whole network is tried
+
     def build(blocks: int) -> nn.Module:
         with world.device:
-            objective = make(replace(plan, model=replace(plan.model, depth=blocks)))
+            objective = make(replace(plan, model=replace(plan.model, depth=blocks)) if alike else plan)
         return objective.to(DTYPES[plan.config.engine.dtype])
 
     def batch_of(rows: int) -> Batch:
         return synthetic(plan, rows, world.device)
 
-    return largest(build, plan.model.depth, batch_of, left, world.device, most, plan.loader.unit)
+    return largest(build, plan.model.depth if alike else 1, batch_of, left, world.device, most, plan.loader.unit)
 
 
 def fitted(plan: Plan, world: World, make: Make) -> Plan:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vitscale.pipeline.config import OptimConfig
 from vitscale.pipeline.optimizers import Adafactor, Lamb, Lion, MomentOptimizer, Muon
 
-BLOCK = re.compile(r"blocks\.(\d+)\.")
+BLOCK = re.compile(r"((layers|stages)\.\d+\.)?blocks\.\d+\.")  # of any network, not of the stem of one
 INPUTS = ("pos_embed", "cls_token", "dist_token", "reg_token", "mask_token")  # what is added or put to the patches
-UNDECAYED = (*INPUTS, "probe")  # the last part of a name; `probe` is the query of attention pooling
+UNDECAYED = (*INPUTS, "latent", "relative_position_bias_table")  # the last part of a name; latent: a pool's query
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     Each group has `params`, `name`, `weight_decay`, `lr_scale` and `spared`; no two are alike in all but `params`.
     """
     named = [(name.removeprefix("model."), p) for name, p in module.named_parameters() if p.requires_grad]
-    depth = max((int(block[1]) + 1 for name, _ in named if (block := BLOCK.match(name))), default=0)
+    layers, depth = _layers([name for name, _ in named])
     groups: dict[tuple[bool, float, float, int], dict[str, Any]] = {}
     for name, p in named:
         ndim = len(getattr(p, "ds_shape", p.shape))  # a parameter that ZeRO partitioned has lost its own shape
@@ -37,7 +37,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
         decay = 0.0 if spared else config.weight_decay
         if not spared and name.startswith("head") and config.head_weight_decay is not None:
             decay = config.head_weight_decay
-        scale = config.layer_decay ** (depth + 1 - _layer(name, depth))
+        scale = config.layer_decay ** (depth + 1 - layers[name])
         parts = _parts(name, ndim) if config.name == "muon" else 0
         key = (spared, decay, scale, parts)
         if key not in groups:
@@ -50,12 +50,23 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     return sorted(groups.values(), key=lambda group: group["spared"])
 
 
-def _layer(name: str, depth: int) -> int:
-    """The layer of a parameter of the network, from 0 (before the blocks) to depth + 1 (after them)."""
-    block = BLOCK.match(name)
-    if block:
-        return int(block[1]) + 1
-    return 0 if name.startswith(("patch_embed.", *INPUTS)) else depth + 1
+def _layers(names: list[str]) -> tuple[dict[str, int], int]:
+    """The layer of each parameter of a network, from 0 (before the blocks) to depth + 1 (after them), and the depth.
+
+    What lies between two blocks, as where a Swin merges patches, is of the layer of the second.
+    """
+    blocks = list(dict.fromkeys(block[0] for name in names if (block := BLOCK.match(name))))
+    numbers = {block: number for number, block in enumerate(blocks, 1)}
+    layers = {}
+    for name in names:
+        block, stage = BLOCK.match(name), re.match(r"(layers|stages)\.\d+\.", name)
+        if block:
+            layers[name] = numbers[block[0]]
+        elif stage:
+            layers[name] = next(number for found, number in numbers.items() if found.startswith(stage[0]))
+        else:
+            layers[name] = 0 if name.startswith(("patch_embed.", "stem.", *INPUTS)) else len(blocks) + 1
+    return layers, len(blocks)
 
 
 def _parts(name: str, ndim: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.errors import UserError
-from vitscale.model.registry import ViTConfig
+from vitscale.model.config import ArchitectureConfig
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.config import STAGE_0_OPTIMIZERS, Config, flatten, merge, to_dict
 from vitscale.pipeline.data import order
@@ -26,8 +26,8 @@ from vitscale.pipeline.weights import open_trained
 # settings that may change when a run goes on: they leave its samples and its mathematics alone
 HARMLESS = (
     "run.dir", "run.log_every", "run.wandb", "data.train", "data.val", "data.workers", "data.cache", "data.on_error",
-    "engine.device", "engine.zero_stage", "engine.micro_batch", "engine.offload", "engine.recompute", "engine.compile",
-    "engine.deepspeed", "checkpoint.", "eval.", "guard.", "profile.",
+    "engine.device", "engine.zero_stage", "engine.micro_batch", "engine.offload", "engine.recompute",
+    "engine.recompute_every", "engine.compile", "engine.deepspeed", "checkpoint.", "eval.", "guard.", "profile.",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class Plan:
     order: Order
     fingerprint: str
     val: Store | None
-    model: ViTConfig
+    model: ArchitectureConfig
     preprocess: Preprocess
     steps: int
     warmup: int

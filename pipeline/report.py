@@ -85,8 +85,8 @@ def run_page(run: Path) -> RunPage:
     page = RunPage(
         name=run.name,
         facts={
-            "model": f"{recipe['model.name']}: width {model.width}, depth {model.depth}, {model.heads} heads",
-            "input": f"{model.img_size} px, patches of {model.patch_size} px, {model.grid}×{model.grid} positions",
+            "model": f"{recipe['model.name']}: {model.summary}",
+            "input": f"{model.img_size} px",
             "trained": f"{state['step']:,} steps, {state['examples']:,} images of {state['dataset']['samples']:,}",
             "ranks": f"{state['world_size']}, ZeRO-{state['zero_stage']}",
         },

@@ -1,11 +1,8 @@
 """Writing checkpoints while training goes on: a copy in the host's memory, a thread, and ranks that agree."""
 
-import hashlib
 import json
 import math
-import os
 import shutil
-import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +17,7 @@ from vitscale.pipeline.checkpoint import FORMAT, checkpoints, folder_name, step_
 from vitscale.pipeline.distributed import World, agree, gather
 from vitscale.pipeline.engine import Engine
 from vitscale.pipeline.mirror import names, remove, shown, store_of, upload, upload_text
-
-PIECE = 1 << 24  # bytes written and hashed at a time, in which other threads go on
+from vitscale.pipeline.tensor_file import write_safetensors
 
 
 class Saver:
@@ -144,7 +140,8 @@ class Saver:
         hidden = self.folder / _hidden(self._step)
         hidden.mkdir(parents=True, exist_ok=True)
         path = hidden / f"rank-{self._world.rank:05d}.safetensors"
-        size, sha256 = write_safetensors(path, self._host)
+        shapes = {key: tuple(tensor.shape) for key, tensor in self._host.items()}
+        size, sha256 = write_safetensors(path, shapes, self._host.__getitem__)
         if self._store:
             upload(path, self._store, f"{folder_name(self._step)}/{path.name}")
             path.unlink()
@@ -185,32 +182,6 @@ class Saver:
             remove(self._store, path.name)
         else:
             shutil.rmtree(path)
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
-    """Write float32 tensors of the host's memory as a safetensors file, synced; returns its bytes and sha256.
-
-    Other threads go on meanwhile, and the file is not read again for its checksum; the library's own writer holds the
-    interpreter's lock. Raises OSError.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for key, tensor in tensors.items():
-        begin, end = end, end + 4 * tensor.numel()
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for data in [struct.pack("<Q", len(text)) + text, *(tensor.numpy() for tensor in tensors.values())]:
-            whole = memoryview(data).cast("B") if len(data) else b""
-            for at in range(0, len(whole), PIECE):
-                file.write(whole[at : at + PIECE])
-                digest.update(whole[at : at + PIECE])
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    return size, digest.hexdigest()
 
 
 def _hidden(step: int) -> str:

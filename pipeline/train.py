@@ -15,8 +15,8 @@ import torch
 
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import Requeue, UserError
+from vitscale.model.build import build_network, initial_rules
 from vitscale.model.initial import initial_weight
-from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline import checkpoint, incidents, micro_batch
 from vitscale.pipeline.config import to_dict, to_yaml
 from vitscale.pipeline.console import OUT, progress, say
@@ -241,8 +241,8 @@ def build_engine(plan: Plan, world: World) -> Engine:
 def make_objective(plan: Plan) -> Supervised:
     """The objective with its network, whose weights are left as torch makes them."""
     config = plan.config
-    network = VisionTransformer(plan.model, seed=None)
-    network.recompute = config.engine.recompute == "blocks"
+    network = build_network(plan.model, seed=None)
+    network.recompute, network.recompute_every = config.engine.recompute, config.engine.recompute_every
     augment = DeviceAugment(config.augment, config.run.seed, plan.model.num_classes)
     learnt = config.objective
     return Supervised(network, plan.preprocess, learnt.label_smoothing, augment, learnt.loss, config.run.seed)
@@ -262,7 +262,8 @@ def fill(engine: Engine, plan: Plan, world: World, resume: Path | None) -> None:
         return
     own = engine.shapes.items()
     shapes = {name.removeprefix(NETWORK): shape for name, shape in own}
-    weights: Weights = lambda name: initial_weight(name, shapes[name], config.run.seed)  # noqa: E731
+    rules = initial_rules(plan.model)
+    weights: Weights = lambda name: initial_weight(name, shapes[name], config.run.seed, rules)  # noqa: E731
     if config.init_from:
         trained = open_trained_alike(config.init_from, "init_from")
         weights, notes = fine_tuned_weights(plan.model, shapes, trained, weights)
@@ -382,7 +383,7 @@ def announce(plan: Plan, world: World, engine: Engine, resume: Path | None, firs
     sets = ", ".join(path for path, _ in config.data.mixture)
     say(f"{len(plan.train):,} images, {model.num_classes} classes: {sets}")
     say(
-        f"{config.model.name}: {model.img_size} px, patch {model.patch_size}, width {model.width}, depth {model.depth};"
+        f"{config.model.name}: {model.img_size} px, {model.summary};"
         f" {plan.steps} steps of {config.train.global_batch} images, {epoch_steps} steps an epoch"
         f" ({left_out} images of each epoch left out, other ones each time)"
     )

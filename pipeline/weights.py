@@ -7,27 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vitscale.errors import UserError
-from vitscale.model.registry import ViTConfig
-from vitscale.model.vit import VisionTransformer
+from vitscale.model.build import build_network
+from vitscale.model.config import from_dict, to_dict
+from vitscale.model.interop.maps import Tensors
+from vitscale.model.network import Network
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.distributed import gather
 from vitscale.pipeline.mirror import fetch, reading_folder, shown
+from vitscale.pipeline.tensor_file import TensorFile
 
 EXPORT_FORMAT = 1
 NETWORK = "model."  # where an objective has its network
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """Named float32 tensors in files: their shapes, and `read`, which reads one of them."""
-
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Trained:
     """
 
     path: Path
-    model: ViTConfig
+    model: Any
     classes: list[str]
     preprocess: Preprocess
     origin: dict[str, Any]
@@ -50,10 +45,10 @@ class Trained:
         for name in found.shapes:
             yield name, found.read(name)
 
-    def load(self) -> VisionTransformer:
+    def load(self) -> Network:
         """The network with these weights, in evaluation mode, on the CPU. Raises `UserError` if they do not fit it."""
         with torch.device("meta"):  # no memory for what a file merely claims to hold
-            network = VisionTransformer(self.model)
+            network = build_network(self.model, seed=None)
         try:
             network.load_state_dict(dict(self.tensors()), assign=True)
         except RuntimeError as error:
@@ -63,12 +58,18 @@ class Trained:
 
 
 def open_trained(path: str, setting: str, weights: str = "auto") -> Trained:
-    """Find trained weights at `path`, or URL: a run's folder (its newest sound checkpoint), a checkpoint, or an export.
+    """Find trained weights at `path`, or URL: a run's folder (its newest sound checkpoint), a checkpoint, an export, or
+    what another project left (`open_foreign`).
 
     `weights`: `raw`, their Polyak average (`ema`), or the average where there is one (`auto`). Raises `UserError`
     naming `setting` if there are none, or if they are damaged.
     """
+    from vitscale.pipeline.foreign import open_foreign  # which returns what is defined here
+
     folder = reading_folder(path, setting)
+    foreign = open_foreign(folder, setting)
+    if foreign:
+        return foreign
     if (folder / "config.json").is_file():
         return _open_export(folder, setting)
     if (folder / "checkpoints").is_dir():
@@ -80,7 +81,7 @@ def open_trained(path: str, setting: str, weights: str = "auto") -> Trained:
     if (folder / "state.json").is_file():
         return _open_checkpoint(folder, setting, weights)
     found = "a folder without checkpoints" if folder.is_dir() else "no such folder"
-    raise UserError(setting, f"{path}: {found}", "a run, a checkpoint or an export", "Check the path.")
+    raise UserError(setting, f"{path}: {found}", "a run, a checkpoint, an export, or another's", "Check the path.")
 
 
 def open_trained_alike(path: str, setting: str, weights: str = "auto") -> Trained:
@@ -88,9 +89,9 @@ def open_trained_alike(path: str, setting: str, weights: str = "auto") -> Traine
     return open_trained(gather(shown(open_trained(path, setting, weights).path))[0], setting, weights)
 
 
-def describe(model: ViTConfig, classes: list[str], preprocess: Preprocess) -> dict[str, Any]:
+def describe(model: Any, classes: list[str], preprocess: Preprocess) -> dict[str, Any]:
     """The JSON form that checkpoints and exports share, read back by `open_trained`."""
-    return {"model": vars(model), "classes": classes, "preprocess": vars(preprocess)}
+    return {"model": to_dict(model), "classes": classes, "preprocess": vars(preprocess)}
 
 
 def _open_checkpoint(folder: Path, setting: str, weights: str) -> Trained:
@@ -103,6 +104,7 @@ def _open_checkpoint(folder: Path, setting: str, weights: str) -> Trained:
     if isinstance(state.get("dataset"), dict):
         dataset = state["dataset"].get("fingerprint")
         state["origin"] = {"checkpoint": shown(folder), "step": state.get("step"), "dataset": dataset}
+        state["origin"] |= {key: state.get(key) for key in ("examples", "recipe", "versions")}
         state["origin"]["weights"] = "ema" if averaged else "raw"
 
     def tensors() -> Tensors:
@@ -119,13 +121,12 @@ def _open_export(folder: Path, setting: str) -> Trained:
         config = json.loads((folder / "config.json").read_text())
         if config["format"] != EXPORT_FORMAT:
             raise ValueError(f"format {config['format']}")
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            file.keys()
+        TensorFile(folder / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             setting, f"{folder}: {error!r}", "a folder written by `vitscale export`", "Export it again."
         ) from error
-    return _trained(setting, folder, config, lambda: _open_safetensors(folder / "model.safetensors"))
+    return _trained(setting, folder, config, lambda: open_safetensors(folder / "model.safetensors"))
 
 
 def _trained(
@@ -136,7 +137,7 @@ def _trained(
 ) -> Trained:
     try:
         numbers = {key: tuple(v) if isinstance(v, list) else v for key, v in described["preprocess"].items()}
-        model, preprocess = ViTConfig(**described["model"]), Preprocess(**numbers)
+        model, preprocess = from_dict(described["model"]), Preprocess(**numbers)
         classes, origin = [str(name) for name in described["classes"]], dict(described["origin"])
         if len(classes) != model.num_classes:
             raise ValueError(f"{len(classes)} class names for {model.num_classes} outputs")
@@ -149,7 +150,7 @@ def _trained(
     return Trained(folder, model, classes, preprocess, origin, tensors)
 
 
-def _open_safetensors(path: Path) -> Tensors:
-    file = safe_open(path, framework="pt")
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
-    return Tensors(shapes, lambda name: file.get_tensor(name).to(torch.float32))
+def open_safetensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file, read as float32."""
+    file = TensorFile(path)
+    return Tensors(file.shapes, lambda name: file.read(name).to(torch.float32))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from vitscale.errors import UserError
 
 if TYPE_CHECKING:
-    from vitscale.model.registry import create_model, list_models
+    from vitscale.model.build import create_model
+    from vitscale.model.registry import list_models
     from vitscale.pipeline.inference import Classifier, Prediction, load
 
 __all__ = ["Classifier", "Prediction", "UserError", "create_model", "list_models", "load"]
@@ -21,7 +22,7 @@ __all__ = ["Classifier", "Prediction", "UserError", "create_model", "list_models
 _HOMES = {
     "Classifier": "pipeline.inference",
     "Prediction": "pipeline.inference",
-    "create_model": "model.registry",
+    "create_model": "model.build",
     "list_models": "model.registry",
     "load": "pipeline.inference",
 }

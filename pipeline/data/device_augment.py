@@ -38,7 +38,7 @@ ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), 0.3
 TRIES = 10  # for a rectangle that fits the image, as in timm
 ONE = 1 << 16  # λ in fixed point
 
-RANDAUGMENT, ERASE, NOISE, MIX, DROP_PATH = range(5)  # streams that never meet
+RANDAUGMENT, ERASE, NOISE, MIX, DROP_PATH, PATCH_DROP = range(6)  # streams that never meet
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed int64, like the two below
 
 

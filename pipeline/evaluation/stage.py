@@ -68,4 +68,6 @@ def write_results(results: dict[str, Any], path: Path) -> None:
 def results_path(trained: Trained, store: Store) -> Path:
     """Where results go unless the user says: `evaluations/` beside the checkpoints, or in the export."""
     folder = trained.path.parent.parent if trained.path.parent.name == "checkpoints" else trained.path
-    return folder / "evaluations" / f"step-{trained.origin['step']:08d}-{store.name}-{store.fingerprint[:8]}.json"
+    return (
+        folder / "evaluations" / f"step-{trained.origin.get('step') or 0:08d}-{store.name}-{store.fingerprint[:8]}.json"
+    )

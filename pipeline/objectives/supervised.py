@@ -1,5 +1,7 @@
 """Classification by softmax or sigmoid cross-entropy, of images with one label or several."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 from vitscale.errors import UserError
 from vitscale.pipeline.data.augment import Preprocess, normalise
 from vitscale.pipeline.data.device_augment import DeviceAugment
-from vitscale.pipeline.objectives.drop_path import keep_factors
+from vitscale.pipeline.objectives.dropping import keep_factors, kept_patches
 
 
 class Supervised(nn.Module):
@@ -20,7 +22,7 @@ class Supervised(nn.Module):
 
     In training mode `augment` changes the batch first, and needs more of it; where it mixes labels, a row is correct if
     it has the one of the larger share, its own at equal ones (of several labels, one with half a share or more). There
-    too, branches are dropped as `model.config.drop_path` says, drawn from `seed` and the batch's `key` and `epoch`.
+    too, branches and patches are dropped as `model.config` says, drawn from `seed` and the batch's `key` and `epoch`.
     With `predict=True` it returns float32 logits (B, K), and needs the pixels alone.
     """
 
@@ -45,19 +47,25 @@ class Supervised(nn.Module):
             targets_BK = targets_BK if mixed_BK is None else mixed_BK
         dtype = next(self.model.parameters()).dtype
         images_BCYX = normalise(pixels, self.preprocess, dtype)
-        logits_BK = self.model(images_BCYX, *(self._kept(batch) if training else ())).float()
+        logits_BK = self.model(images_BCYX, **(self._kept(batch) if training else {})).float()
         if predict:
             return logits_BK
         losses = label_losses(logits_BK, batch["label"], targets_BK, self.loss, self.label_smoothing)
         correct = _correct(logits_BK.detach().argmax(dim=1), batch, targets_BK)
         return (losses * batch["weight"]).sum(), {"top1": torch.dot(correct.float(), batch["weight"])}
 
-    def _kept(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The model's further arguments: factors of branches, where some are dropped."""
-        config = getattr(self.model, "config", None)
-        if config is None or config.drop_path == 0:
-            return ()
-        return (keep_factors(self.seed, config.drop_path, config.depth, batch["key"], batch["epoch"]),)
+    def _kept(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's further arguments: factors of branches, and numbers of patches, where some are dropped."""
+        config, kept = getattr(self.model, "config", None), {}
+        if config is None:
+            return kept
+        if config.drop_path:
+            kept["keep_L2B"] = keep_factors(self.seed, config.drop_path, config.depth, batch["key"], batch["epoch"])
+        share = getattr(config, "patch_drop", 0)
+        if share:
+            patches = math.prod(side // config.patch_size for side in batch["pixels"].shape[1:3])
+            kept["patches_BM"] = kept_patches(self.seed, share, patches, batch["key"], batch["epoch"])
+        return kept
 
 
 def check_loss(loss: str, multi: bool) -> None:

@@ -5,8 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitscale.model.config import ViTConfig
 from vitscale.model.flops import forward_macs, training_flops
-from vitscale.model.registry import ModelConfig, ViTConfig
+from vitscale.model.registry import ModelConfig
 from vitscale.model.vit import VisionTransformer
 
 

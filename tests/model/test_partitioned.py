@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vitscale.model.config import ViTConfig
 from vitscale.model.initial import initial_weight
-from vitscale.model.layers import Block, compile_blocks
-from vitscale.model.registry import ViTConfig
+from vitscale.model.layers import EncoderBlock
+from vitscale.model.network import compile_blocks
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline.distributed import World
 
@@ -41,9 +42,9 @@ def train(world: World, recompute: bool, whole_blocks: bool, partitioned: bool, 
         model = VisionTransformer(MODEL, seed=None)
     held = sum(p.numel() for p in model.parameters())
     begin(model, deepspeed)
-    model.recompute = recompute
+    model.recompute = "blocks" if recompute else "none"
     if whole_blocks:
-        deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        deepspeed.utils.set_z3_leaf_modules(model, [EncoderBlock])
     if compiled:
         compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -68,7 +69,8 @@ def begin(model: VisionTransformer, deepspeed: Any) -> None:
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             shape = tuple(parameter.shape)
-            parameter.copy_(initial_weight(name if name != "head.weight" else "blocks.0.attn.proj.weight", shape, 1))
+            like = "blocks.0.attn.proj.weight" if name == "head.weight" else name
+            parameter.copy_(initial_weight(like, shape, 1, VisionTransformer.rules(MODEL)))
 
 
 def train_by_variants(world: World) -> list[dict[str, Any]]:

@@ -5,13 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitscale.errors import UserError
+from vitscale.model.adapt import adapt_weights
+from vitscale.model.build import create_model
+from vitscale.model.config import ViTConfig
 from vitscale.model.embed import resize_pos_embed
 from vitscale.model.initial import initial_weight
-from vitscale.model.registry import ModelConfig, ViTConfig, create_model, list_models
-from vitscale.model.vit import VisionTransformer, adapt_weights
+from vitscale.model.registry import ModelConfig, list_models
+from vitscale.model.vit import VisionTransformer
 
 SMALL = ViTConfig(img_size=32, patch_size=8, depth=2, width=48, mlp_width=96, heads=4, num_classes=7)
 
@@ -145,7 +149,7 @@ def test_initial_weights_are_functions_of_name_shape_and_seed() -> None:
     for name, tensor in model.state_dict().items():
         torch.manual_seed(len(name))
         with torch.device("meta"):  # whatever else goes on
-            weight = initial_weight(name, tuple(tensor.shape), 5)
+            weight = initial_weight(name, tuple(tensor.shape), 5, VisionTransformer.rules(SMALL))
         assert torch.equal(weight, tensor), name
         if name in GOLDEN_WEIGHTS:
             # logarithms and cosines of the vector units of other CPUs differ in the last bits
@@ -194,7 +198,8 @@ def test_adapting_keeps_the_encoder_and_starts_the_head_at_zero() -> None:
     assert sorted(asked) == sorted(kept)
     name = "blocks.1.mlp.fc1.weight"
     assert torch.equal(after.state_dict()[name], before.state_dict()[name])
-    assert torch.equal(after.pos_embed, resize_pos_embed(before.pos_embed, (6, 6)))
+    places = after.get_parameter("pos_embed"), before.get_parameter("pos_embed")
+    assert torch.equal(places[0], resize_pos_embed(places[1], (6, 6)))
     assert after(torch.randn(2, 3, 48, 48)).abs().max() == 0
     assert notes == [
         "position embeddings interpolated from 4×4 to 6×6",
@@ -238,7 +243,7 @@ def test_dropped_branches_pass_an_image_by() -> None:
     keep[:, :, 1] = 0  # the second image: no branch at all
     keep[1, 0, 2] = 0  # the third: no attention in the second block
     logits = model(images, keep)
-    tokens = torch.cat([model.cls_token, model.patch_embed(images[1:2])], dim=1) + model.pos_embed
+    tokens, _ = model.embed(images[1:2])
     bare = with_a_head(SMALL).eval()
     bare.get_parameter("blocks.1.attn.proj.weight").data.zero_()
     assert torch.equal(logits[0], model(images)[0])
@@ -249,23 +254,24 @@ def test_dropped_branches_pass_an_image_by() -> None:
     assert not torch.allclose(doubled, model(images))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_recomputed_blocks_give_the_same_bits(dropout: float) -> None:
+@pytest.mark.parametrize(("kind", "every", "dropout"), [("blocks", 1, 0.2), ("blocks", 2, 0.0), ("selective", 1, 0.2)])
+def test_recomputed_blocks_give_the_same_bits(kind: str, every: int, dropout: float) -> None:
     model = with_a_head(replace(SMALL, depth=3, dropout=dropout))
+    model.recompute_every = every
     keep = torch.rand(3, 2, 5).round() * 2
     for factors in (None, keep):
         expected_logits, expected = train_once(model, factors)
-        model.recompute = True
+        model.recompute = kind
         logits, gradients = train_once(model, factors)
-        model.recompute = False
+        model.recompute = "none"
         assert torch.equal(logits, expected_logits)
         assert all(map(torch.equal, gradients, expected))
 
 
-def saved_elements(config: ViTConfig, recompute: bool) -> int:
+def saved_elements(depth: int, recompute: str, every: int = 1) -> int:
     """Elements of the activations that a forward keeps for the backward pass."""
-    model = VisionTransformer(config).train()
-    model.recompute, sizes = recompute, []
+    model = VisionTransformer(replace(SMALL, depth=depth)).train()
+    model.recompute, model.recompute_every, sizes = recompute, every, []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         sizes.append(0 if tensor.is_leaf else tensor.numel())
@@ -277,17 +283,31 @@ def saved_elements(config: ViTConfig, recompute: bool) -> int:
 
 
 def test_recomputed_blocks_keep_their_input_alone() -> None:
-    deep, shallow = (replace(SMALL, depth=depth) for depth in (5, 2))
     tokens = 4 * 17 * 48  # B N D
-    assert saved_elements(deep, True) - saved_elements(shallow, True) == 3 * tokens
+    assert saved_elements(5, "blocks") - saved_elements(2, "blocks") == 3 * tokens
     # two norms, q k v, what they mix, projection's and both MLP layers' inputs: 12 times as much and more
-    assert saved_elements(deep, False) - saved_elements(shallow, False) > 3 * 12 * tokens
+    whole = (saved_elements(5, "none") - saved_elements(2, "none")) / 3
+    assert whole > 12 * tokens
+    # every other block: of two more one keeps its input alone
+    assert saved_elements(6, "blocks", 2) - saved_elements(4, "blocks", 2) == tokens + whole
+
+
+def test_selective_recomputation_runs_no_matrix_product_again() -> None:
+    """Seen by counting: the forward's products once, and twice as many in the backward pass; of others, all again."""
+    counts = {}
+    for recompute in ("none", "selective", "blocks"):
+        model = with_a_head(replace(SMALL, depth=3)).train()
+        model.recompute = recompute
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        counts[recompute] = counter.get_total_flops()
+    assert counts["selective"] == counts["none"] < 0.85 * counts["blocks"]  # 3 / 4, but for the ends of blocks
 
 
 def test_nothing_is_recomputed_where_there_is_no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitscale.model.vit.checkpoint", None)
+    monkeypatch.setattr("vitscale.model.network.checkpoint", None)
     model, images = VisionTransformer(SMALL), torch.randn(1, 3, 32, 32)
-    model.recompute = True
+    model.recompute = "blocks"
     assert model.eval()(images).requires_grad
     with torch.no_grad():
         model.train()(images)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from vitscale.errors import UserError
+from vitscale.model.config import ViTConfig
 from vitscale.model.initial import initial_weight
-from vitscale.model.registry import ViTConfig
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.config import EngineConfig, OptimConfig, merge
@@ -62,7 +62,7 @@ def make_engine(
     stage: int,
     dtype: str = "fp32",
     optim: OptimConfig = OPTIM,
-    recompute: bool = False,
+    recompute: str = "none",
     **engine: Any,
 ) -> Engine:
     deepspeed = merge(PARTITIONED, engine.pop("deepspeed", {}))
@@ -75,7 +75,8 @@ def make_engine(
         return Supervised(model, Preprocess(16, 1.0))
 
     made = Engine(build, config, optim, world, accumulation)
-    made.load(lambda name: initial_weight(name.removeprefix("model."), made.shapes[name], 1))
+    rules = VisionTransformer.rules(MODEL)
+    made.load(lambda name: initial_weight(name.removeprefix("model."), made.shapes[name], 1, rules))
     return made
 
 
@@ -111,7 +112,7 @@ def train_all_stages(world: World, count: int) -> dict[str, list[dict[str, float
     """Losses, accuracies and gradient norms of `count` steps at each stage, in bf16 and fp16 at stage 2, and with
     blocks computed again in the backward pass at stage 3; and those of DistributedDataParallel."""
     rows = {str(stage): steps(make_engine(world, stage), world, 0, count) for stage in range(4)}
-    rows["recompute"] = steps(make_engine(world, 3, recompute=True), world, 0, 20)
+    rows["recompute"] = steps(make_engine(world, 3, recompute="blocks"), world, 0, 20)
     rows["ddp"] = train_with_ddp(world, count)
     for dtype in ("bf16", "fp16"):
         more = {"fp16": {"initial_scale_power": 8}} if dtype == "fp16" else {}  # the default overflows at first

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from vitscale.errors import UserError
+from vitscale.model.config import ViTConfig
 from vitscale.model.flops import training_flops
-from vitscale.model.registry import ViTConfig
 from vitscale.pipeline import metrics, wandb_run
 from vitscale.pipeline.config import Config, TrainConfig
 from vitscale.pipeline.distributed import World

@@ -28,8 +28,9 @@ from vitscale.pipeline.export import export
 from vitscale.pipeline.keeping import kept_in_store
 from vitscale.pipeline.mirror import fetch, reading_folder, shown, store_of, working_folder
 from vitscale.pipeline.report import write_report
-from vitscale.pipeline.saver import Saver, write_safetensors
+from vitscale.pipeline.saver import Saver
 from vitscale.pipeline.status import read_status
+from vitscale.pipeline.tensor_file import write_safetensors
 from vitscale.pipeline.weights import open_trained
 
 
@@ -126,9 +127,9 @@ def test_a_run_in_a_store_goes_on_exactly_after_a_kill(
     assert found.checkpoint_age is not None
     assert 0 <= found.checkpoint_age < 120
     assert compare(url, str(tmp_path / "local")).differs is None
-    assert export(url, str(tmp_path / "exported")) == 0
+    assert export(url, str(tmp_path / "exported"))[0].difference == 0
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["origin"]["checkpoint"].startswith(url)
-    assert export(f"{url}/checkpoints/step-00000004", str(tmp_path / "earlier")) == 0
+    assert export(f"{url}/checkpoints/step-00000004", str(tmp_path / "earlier"))[0].difference == 0
     said = vitscale("evaluate", url, digits.test, "--nproc", "2")
     assert said.returncode == 0, said.stderr
     assert f"all of this in {url}/evaluations/step-00000012-" in said.stdout
@@ -219,7 +220,8 @@ def test_a_rank_fetches_the_files_that_hold_its_ranges(
     for rank in range(ranks):
         file = path / f"rank-{rank:05d}.safetensors"
         values = torch.arange(rank * each, (rank + 1) * each, dtype=torch.float32)
-        size, sha256 = write_safetensors(file, {f"model.a|weight|{rank * each}": values})
+        key = f"model.a|weight|{rank * each}"
+        size, sha256 = write_safetensors(file, {key: tuple(values.shape)}, lambda _, values=values: values)
         rows.append({"file": file.name, "bytes": size, "sha256": sha256})
     index = {"format": checkpoint.FORMAT, "tensors": {"model.a": [ranks, each]}, "files": rows}
     (path / "index.json").write_text(json.dumps(index))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitscale.model.registry import ViTConfig
+from vitscale.model.config import ViTConfig
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline.config import OPTIMIZERS, OptimConfig
 from vitscale.pipeline.distributed import World, gather

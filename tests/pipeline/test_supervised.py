@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitscale.errors import UserError
-from vitscale.model.registry import ViTConfig
+from vitscale.model.config import ViTConfig
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline.config import AugmentConfig
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.device_augment import DeviceAugment
-from vitscale.pipeline.objectives.drop_path import keep_factors
+from vitscale.pipeline.objectives.dropping import keep_factors
 from vitscale.pipeline.objectives.supervised import Supervised, check_loss, label_losses, sigmoid_cross_entropy
 
 MODEL = ViTConfig(

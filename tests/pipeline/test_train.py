@@ -16,6 +16,8 @@ from vitscale.pipeline import checkpoint
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.metrics import read_metrics
 
+EXPORTED = {"README.md", "config.json", "export.json", "model.safetensors"}
+
 
 @pytest.fixture(scope="module")
 def reference(digits: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -187,7 +189,7 @@ def test_finetune_export_predict_and_report(
     exported = vitscale("export", "tuned", "exported")
     assert exported.returncode == 0, exported.stderr
     assert "0.0e+00" in exported.stdout
-    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == EXPORTED
     again = vitscale("export", "tuned", "exported")
     assert (again.returncode, again.stdout) == (2, "")
     files = sorted(digits.test_images.rglob("*.png"))[:3]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vitscale.errors import UserError
-from vitscale.model.registry import ViTConfig
+from vitscale.model.config import ViTConfig
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.inference import load

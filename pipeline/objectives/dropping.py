@@ -1,6 +1,6 @@
-"""Stochastic depth (Huang et al. 2016): which branches of which block an image passes by in a step of training.
+"""What of a network an image passes by in a step of training: branches (stochastic depth), and patches of its own.
 
-A pure function of (seed, epoch, sample key, block, branch): neither the rank nor a row's place in its batch counts.
+Pure functions of (seed, epoch, sample key): neither the rank nor a row's place in its batch counts.
 """
 
 from functools import lru_cache
@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vitscale.pipeline.data.device_augment import DROP_PATH, uniforms
+from vitscale.pipeline.data.device_augment import DROP_PATH, PATCH_DROP, uniforms
 
 
 def keep_factors(seed: int, rate: float, blocks: int, key: Tensor, epoch: Tensor) -> Tensor:
@@ -21,6 +21,16 @@ def keep_factors(seed: int, rate: float, blocks: int, key: Tensor, epoch: Tensor
     draws_L2B = uniforms(seed, DROP_PATH, key, epoch, 2 * blocks).unflatten(1, (blocks, 2)).permute(1, 2, 0)
     rates_L11, raised_L11 = _rates(rate, blocks, key.device)
     return (draws_L2B >= rates_L11) * raised_L11
+
+
+def kept_patches(seed: int, rate: float, patches: int, key: Tensor, epoch: Tensor) -> Tensor:
+    """Numbers (B, M) of the patches that are kept where a share `rate` of all is dropped, at least one, in their order.
+
+    Each set of M is as likely as any other (patch dropout; Liu et al. 2022, arXiv:2208.07220; FLIP, Li et al. 2023).
+    """
+    count = max(1, round(patches * (1 - rate)))
+    draws_BN = uniforms(seed, PATCH_DROP, key, epoch, patches)
+    return draws_BN.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
 
 
 @lru_cache(maxsize=8)

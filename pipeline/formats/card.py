@@ -1,0 +1,96 @@
+"""The model card of an export: `README.md`, with the facts that its reader needs to trust and to repeat it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vitscale.pipeline.config import flatten
+from vitscale.pipeline.weights import Trained
+
+PLACES = ("run.dir", "run.wandb", "data.train", "data.val", "data.cache", "init_from")  # nobody else's business
+LIMIT = 40  # settings of the recipe that the card lists; all of them are in the origin
+
+
+def card(trained: Trained, licence: str, loading: str, rows: dict[str, Any]) -> str:
+    """Markdown: architecture, how to load it (`loading`), data, metrics, recipe, origin, checks and checksums (`rows`).
+
+    `licence` stands as it is in the header that model hubs read.
+    """
+    origin, recipe = trained.origin, flatten(trained.origin.get("recipe") or {})
+    header = ["---", f"license: {json.dumps(licence or 'unknown')}", "tags:", "- image-classification", "- vitscale"]
+    title = recipe.get("model.name") or trained.model.family
+    preprocess = trained.preprocess
+    facts = {
+        "architecture": f"{title}: {trained.model.summary}",
+        "classes": len(trained.classes),
+        "input": f"RGB, {preprocess.img_size} × {preprocess.img_size} px: the shorter side resized to "
+        f"{preprocess.img_size / preprocess.crop:.0f} px (bicubic), the centre cut out, then (value / 255 - mean) / std"
+        f" with mean {_numbers(preprocess.mean)} and std {_numbers(preprocess.std)}",
+        "weights": {"ema": "Polyak average", "raw": "as trained"}.get(str(origin.get("weights")), "as found"),
+        "licence": licence or "not stated",
+    }
+    trained_on = {
+        "step": origin.get("step"),
+        "images seen": origin.get("examples"),
+        "dataset": origin.get("dataset"),
+        "source": "/".join(Path(str(origin.get("checkpoint") or origin.get("source") or "")).parts[-3:]) or None,
+        "commit": origin.get("commit"),
+    }
+    parts = [
+        "\n".join([*header, "---"]),
+        f"# {title}, {len(trained.classes)} classes",
+        _table({**facts, **{key: value for key, value in trained_on.items() if value is not None}}),
+        f"## Use\n\n```python\n{loading}\n```",
+    ]
+    for metrics in origin.get("metrics") or []:
+        shares = {key: f"{value:.4f}" for key, value in metrics.items() if isinstance(value, float)}
+        parts.append(f"## Measured on {metrics.get('dataset')}, {metrics.get('images'):,} images\n\n{_table(shares)}")
+    if recipe:
+        some = {key: value for key, value in recipe.items() if not key.startswith(PLACES)}
+        some = dict(list(some.items())[:LIMIT])
+        left = "" if len(recipe) <= LIMIT else f"\n\nand {len(recipe) - LIMIT} more."
+        parts.append(f"## Recipe\n\n{_table(some)}{left}")
+    parts.append(f"## Checked before it was published\n\n{_table(rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def provenance(trained: Trained) -> dict[str, Any]:
+    """What the run's folder around a checkpoint tells besides: its commit, and what was measured of these weights."""
+    run = trained.path.parent.parent
+    if trained.path.parent.name != "checkpoints":
+        return {}
+    found: dict[str, Any] = {}
+    starts = _json(run / "environment.json")
+    if isinstance(starts, list) and starts and isinstance(starts[-1], dict):
+        found["commit"] = starts[-1].get("commit")
+    results = [_json(path) for path in sorted((run / "evaluations").glob("*.json"))]
+    found["metrics"] = [
+        {
+            "dataset": Path(str(each["dataset"]["path"])).name,
+            "images": each["images"],
+            **{name: each[name] for name in ("top1", "top5", "map", "loss") if isinstance(each.get(name), float)},
+        }
+        for each in results
+        if isinstance(each, dict) and each.get("origin", {}).get("step") == trained.origin.get("step")
+        and each.get("origin", {}).get("weights") == trained.origin.get("weights")
+    ]  # fmt: skip
+    return found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "[" + ", ".join(f"{value:g}" for value in values) + "]"
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())])
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

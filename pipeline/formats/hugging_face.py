@@ -1,0 +1,51 @@
+"""A folder that transformers loads: `AutoModelForImageClassification.from_pretrained(FOLDER)`."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitscale.data_prep.publish import publish_text
+from vitscale.errors import UserError
+from vitscale.model.interop import View, described, exported
+from vitscale.pipeline.formats.check import read_back
+from vitscale.pipeline.tensor_file import write_safetensors
+from vitscale.pipeline.weights import Trained
+
+LOADING = """from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+model = AutoModelForImageClassification.from_pretrained("FOLDER")
+logits = model(**processor(image, return_tensors="pt")).logits"""
+
+
+def write(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
+    """Write weights, configuration and image processor. Raises `UserError` if no model of transformers is like it."""
+    view = View(trained.preprocess.crop, trained.preprocess.mean, trained.preprocess.std)
+    files = described("hugging_face", trained.model, trained.classes, view)
+    theirs = exported("hugging_face", trained.model, trained.open())
+    write_safetensors(folder / "model.safetensors", theirs.shapes, theirs.read, dtype, {"format": "pt"})
+    for name, content in files.items():
+        publish_text(folder / name, json.dumps(content, indent=1))
+
+
+@torch.inference_mode()
+def logits(folder: Path, images: Tensor) -> tuple[Tensor, str]:
+    """Logits (B, K) in float32 by transformers, and its name; by our own reading of the files where it is missing."""
+    try:
+        import transformers
+
+        model_class = transformers.AutoModelForImageClassification
+    except (ImportError, RuntimeError):  # some installations of its own requirements are broken
+        return read_back(folder, images), "vitscale, as transformers cannot be imported"
+    transformers.utils.logging.disable_progress_bar()
+    model, found = model_class.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+    if odd:
+        raise UserError(
+            "--format", f"hf: tensors {odd[:4]} that transformers does not take", "all of them", "Use timm."
+        )
+    return model.eval()(images).logits, f"transformers {transformers.__version__}"

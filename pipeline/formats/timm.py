@@ -1,0 +1,53 @@
+"""A folder that timm loads: `timm.create_model(NAME, checkpoint_path=…)`, or `"local-dir:FOLDER"`."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vitscale.data_prep.publish import publish_text
+from vitscale.model.interop import View, described, exported
+from vitscale.pipeline.formats.check import read_back
+from vitscale.pipeline.tensor_file import write_safetensors
+from vitscale.pipeline.weights import Trained
+
+LOADING = """import json
+import timm
+
+config = json.load(open("FOLDER/config.json"))
+model = timm.create_model(
+    config["architecture"], num_classes=config["num_classes"], global_pool=config["global_pool"],
+    checkpoint_path="FOLDER/model.safetensors", **config.get("model_args", {}),
+)"""
+
+
+def write(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
+    """Write weights and pretrained configuration. Raises `UserError` if no architecture of timm is like it."""
+    view = View(trained.preprocess.crop, trained.preprocess.mean, trained.preprocess.std)
+    files = described("timm", trained.model, trained.classes, view)
+    theirs = exported("timm", trained.model, trained.open())
+    write_safetensors(folder / "model.safetensors", theirs.shapes, theirs.read, dtype, {"format": "pt"})
+    for name, content in files.items():
+        publish_text(folder / name, json.dumps(content, indent=1))
+
+
+@torch.inference_mode()
+def logits(folder: Path, images: Tensor) -> tuple[Tensor, str]:
+    """Logits (B, K) in float32 by timm, and its name; by our own reading of the files where it is missing."""
+    try:
+        import timm  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError):  # torchvision, which it needs, does not load beside every torch
+        return read_back(folder, images), "vitscale, as timm cannot be imported"
+    config, weights = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    settings = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+    settings |= config.get("model_args", {})
+    with torch.device("meta"):  # else its random weights would be in memory beside ours
+        model = timm.create_model(config["architecture"], **settings)
+    if any(buffer.is_meta for buffer in model.buffers()):
+        model = timm.create_model(config["architecture"], checkpoint_path=str(weights), **settings)
+    else:
+        state = {name: tensor.float() for name, tensor in load_file(weights).items()}
+        model.load_state_dict(state, assign=True)
+    return model.eval()(images), f"timm {timm.__version__}"
