@@ -252,6 +252,8 @@ def evaluate(
         path = Path(out) if out else evaluation.results_path(trained, store)
         results = evaluation.evaluate(trained, store, LoaderSettings(micro_batch, workers), world)
         if world.main:
+            for note in trained.notes:
+                say(note)
             evaluation.write_results(results, path)
             names = {"top1": "top-1", "top5": "top-5", "map": "mean average precision"}
             shares = [f"{said} {results[name]:.2%}" for name, said in names.items() if results.get(name) is not None]
@@ -284,7 +286,10 @@ def predict(
     from vitscale.pipeline.inference import Classifier
     from vitscale.pipeline.weights import open_trained
 
-    classifier = Classifier(open_trained(trained, "EXPORT"))
+    found = open_trained(trained, "EXPORT")
+    for note in found.notes:
+        say(note)
+    classifier = Classifier(found)
     for file, prediction in zip(files, classifier.predict(files, top), strict=True):
         rows = zip(prediction.classes, prediction.probabilities, strict=True)
         say(f"{file}: " + "  ".join(f"{name} {probability:.1%}" for name, probability in rows))
@@ -317,6 +322,8 @@ def export(
     require_choice("--weights", weights, ("auto", "raw", "ema"))
     chosen = [name.strip() for name in formats.split(",")]
     exported = run(source, out, chosen, weights=weights, dtype=dtype, dynamic_size=dynamic_size, licence=licence)
+    for note in exported[0].notes:
+        say(note)
     for made in exported:
         checked = f"largest difference of logits from {source}, read by {made.reader}: {made.difference:.1e}"
         say(f"{made.folder}: {', '.join(made.files)}; {checked}")

@@ -45,7 +45,8 @@ class ArchitectureConfig:
         """Raise `UserError` for sizes out of reason, and for images that do not consist of whole patches."""
         for name in names:
             value = getattr(self, name)
-            most = {"depth": MOST_BLOCKS, "img_size": MOST_SIDE}.get(name, MOST_SIZE)
+            limits = {"img_size": MOST_SIDE, "depth": MOST_BLOCKS, "depths": MOST_BLOCKS, "stem": MOST_BLOCKS}
+            most = limits.get(name, MOST_SIZE)
             for one in value if isinstance(value, tuple | list) else [value]:
                 _require(_whole(one) and 1 <= one <= most, name, value, f"whole numbers from 1 to {most}", "Change it.")
         if self.img_size % self.patch_size:

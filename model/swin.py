@@ -176,11 +176,12 @@ class WindowAttention(nn.Module):
         bias_WHNN = self.relative_position_bias_table[offsets_NN].permute(2, 0, 1).expand(count, -1, -1, -1)
         bias_WHNN = bias_WHNN if mask_W1NN is None else bias_WHNN + mask_W1NN
         bias_1HNN = bias_WHNN.flatten(0, 1)[None]
-        if weights is None:
+        if weights is None and not torch.compiler.is_exporting():  # graphs fail on how the fused kernel lays it out
             mixed_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, attn_mask=bias_1HNN.to(q_BHNE.dtype))
         else:
             weights_BHNN = attention_weights(q_BHNE, k_BHNE, bias_1HNN)
-            weights.append(weights_BHNN.unflatten(1, (count, self.heads)))
+            if weights is not None:
+                weights.append(weights_BHNN.unflatten(1, (count, self.heads)))
             mixed_BHNE = weights_BHNN.to(v_BHNE.dtype) @ v_BHNE
         mixed_BWNC = mixed_BHNE.unflatten(1, (count, self.heads)).transpose(2, 3).flatten(3)
         return self.proj_drop(self.proj(mixed_BWNC))

@@ -17,7 +17,7 @@ from vitscale.data_prep.publish import publish_text, sync_folder
 from vitscale.errors import UserError
 from vitscale.pipeline.config import require, require_choice
 from vitscale.pipeline.formats.card import card, provenance
-from vitscale.pipeline.formats.check import difference, fixed_images, loaded, streamed_logits
+from vitscale.pipeline.formats.check import IMAGES, difference, fixed_images, loaded, streamed_logits
 from vitscale.pipeline.weights import Tensors, Trained, open_trained
 
 STREAMED = {"safetensors": "ours", "hf": "hugging_face", "timm": "timm"}  # modules of pipeline/formats
@@ -31,13 +31,17 @@ EXACT, REORDERED, ROUGH = 0.0, 1e-4, 0.1
 
 @dataclass(frozen=True)
 class Exported:
-    """One export: its folder, files, and the largest difference of logits that `reader` found on fixed images."""
+    """One export: its folder, files, and the largest difference of logits that `reader` found on fixed images.
+
+    `notes` are those of its source.
+    """
 
     format: str
     folder: Path
     files: list[str]
     difference: float
     reader: str
+    notes: list[str]
 
 
 def export(
@@ -99,23 +103,29 @@ def _export(
 ) -> Exported:
     """Write one format into an empty folder, check it, describe it, and sync all of it."""
     rounded = replace(trained, open=lambda: _rounded(trained.open(), dtype))
-    images = fixed_images(trained.model.img_size)
-    expected = streamed_logits(trained.model, rounded.open().read, images)
-    form = module_of(name)
+    form, side, patch = module_of(name), trained.model.img_size, trained.model.patch_size
+    more = patch if patch > 1 else 16
+    sizes = [(side, side), (side + more, side + 2 * more)] if dynamic_size and name in GRAPHS else [(side, side)]
     if name in GRAPHS:
         form.write(loaded(trained.model, rounded.open().read), folder, dtype, dynamic_size)
     else:
         form.write(rounded, folder, dtype)
-    got, reader = form.logits(folder, images)
-    found, largest = difference(got, expected), max(expected.abs().max().item(), 1.0)
     tolerance = EXACT if name == "safetensors" else REORDERED if dtype == torch.float32 else ROUGH
-    if not found <= tolerance * largest:
-        got = f"logits that differ from the source's by {found:.1e}, of {largest:.1e}"
-        raise UserError("--format", f"{name}: {got}", f"at most {tolerance * largest:.0e}", "Choose another format.")
+    found, reader = 0.0, ""
+    for height, width in sizes:
+        images = fixed_images(height, width)
+        expected = streamed_logits(trained.model, rounded.open().read, images)
+        got, reader = form.logits(folder, images)
+        apart, largest = difference(got, expected), max(expected.abs().max().item(), 1.0)
+        if not apart <= tolerance * largest:
+            said = f"{name}: logits that differ from the source's by {apart:.1e}, of {largest:.1e}"
+            raise UserError("--format", said, f"at most {tolerance * largest:.0e}", "Choose another format.")
+        found = max(found, apart)
+    told = f" of each of {len(sizes)} sizes" if len(sizes) > 1 else ""
     rows = {
         "format": name,
         "dtype": str(dtype).removeprefix("torch."),
-        "largest difference of logits": f"{found:.1e} on {len(images)} images, read by {reader}",
+        "largest difference of logits": f"{found:.1e} on {IMAGES} images{told}, read by {reader}",
         **{f"sha256 of {path.name}": _sha256(path) for path in sorted(folder.iterdir())},
     }
     publish_text(folder / "README.md", card(trained, licence, form.LOADING, rows))
@@ -123,7 +133,7 @@ def _export(
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    return Exported(name, folder, sorted(path.name for path in folder.iterdir()), found, reader)
+    return Exported(name, folder, sorted(path.name for path in folder.iterdir()), found, reader, trained.notes)
 
 
 def module_of(name: str) -> Any:

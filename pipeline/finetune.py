@@ -34,7 +34,7 @@ def fine_tuned_weights(
         ) from error
     return (
         lambda name: read(name) if name in kept else fresh(name),
-        [f"kept {len(kept)} tensors of {trained.path}", *notes],
+        [*trained.notes, f"kept {len(kept)} tensors of {trained.path}", *notes],
     )
 
 
@@ -46,13 +46,19 @@ def check_architecture(ours: ArchitectureConfig, trained: Trained) -> None:
         got, expected = f"{trained.path}, a {theirs.family}", f"the recipe's architecture, a {ours.family}"
         raise UserError("init_from", got, expected, remedy)
     names = [field.name for field in fields(ours) if field.name not in ADAPTED]
-    names = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+    names = [name for name in names if _shaping(ours, name) != _shaping(theirs, name)]
     if names:
         got = ", ".join(f"{name} {getattr(theirs, name)}" for name in names)
         expected = ", ".join(f"{name} {getattr(ours, name)}" for name in names)
         settings = " ".join(f"model.{name}={_written(getattr(theirs, name))}" for name in names)
         remedy = f"Add {settings}, or choose another checkpoint."
         raise UserError("init_from", f"{trained.path} with {got}", f"the recipe's architecture, {expected}", remedy)
+
+
+def _shaping(config: Any, name: str) -> Any:
+    """A setting as it shapes the network: of `layer_scale` whether there is one, since its value is where it began."""
+    value = getattr(config, name)
+    return value > 0 if name == "layer_scale" else value
 
 
 def _written(value: Any) -> str:

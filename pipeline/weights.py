@@ -39,6 +39,11 @@ class Trained:
     origin: dict[str, Any]
     open: Callable[[], Tensors]
 
+    @property
+    def notes(self) -> list[str]:
+        """A line for each thing that is not as it was in another project's files."""
+        return list(self.origin.get("notes", []))
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and float32 tensor of each parameter, one at a time. Raises `UserError` if a file is damaged."""
         found = self.open()
@@ -81,7 +86,8 @@ def open_trained(path: str, setting: str, weights: str = "auto") -> Trained:
     if (folder / "state.json").is_file():
         return _open_checkpoint(folder, setting, weights)
     found = "a folder without checkpoints" if folder.is_dir() else "no such folder"
-    raise UserError(setting, f"{path}: {found}", "a run, a checkpoint, an export, or another's", "Check the path.")
+    expected = "a run, a checkpoint, an export, or weights of another project"
+    raise UserError(setting, f"{path}: {found}", expected, "Check the path.")
 
 
 def open_trained_alike(path: str, setting: str, weights: str = "auto") -> Trained:

@@ -18,6 +18,7 @@ from vitscale.data_prep.digits import write_digits
 from vitscale.data_prep.shard import shard
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are of the CPU, also where there are GPUs
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: threads of several processes only wait for each other
 RANK = Path(__file__).with_name("rank.py")
 
 

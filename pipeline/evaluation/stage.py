@@ -67,7 +67,9 @@ def write_results(results: dict[str, Any], path: Path) -> None:
 
 def results_path(trained: Trained, store: Store) -> Path:
     """Where results go unless the user says: `evaluations/` beside the checkpoints, or in the export."""
-    folder = trained.path.parent.parent if trained.path.parent.name == "checkpoints" else trained.path
-    return (
-        folder / "evaluations" / f"step-{trained.origin.get('step') or 0:08d}-{store.name}-{store.fingerprint[:8]}.json"
-    )
+    folder, step = trained.path, trained.origin.get("step") or 0
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    elif folder.is_file():  # of another project
+        folder = folder.parent
+    return folder / "evaluations" / f"step-{step:08d}-{store.name}-{store.fingerprint[:8]}.json"

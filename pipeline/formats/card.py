@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vitscale.pipeline.config import flatten
+from vitscale.pipeline.config import Config, flatten, to_dict
 from vitscale.pipeline.weights import Trained
 
 PLACES = ("run.dir", "run.wandb", "data.train", "data.val", "data.cache", "init_from")  # nobody else's business
-LIMIT = 40  # settings of the recipe that the card lists; all of them are in the origin
 
 
 def card(trained: Trained, licence: str, loading: str, rows: dict[str, Any]) -> str:
@@ -46,10 +45,9 @@ def card(trained: Trained, licence: str, loading: str, rows: dict[str, Any]) -> 
         shares = {key: f"{value:.4f}" for key, value in metrics.items() if isinstance(value, float)}
         parts.append(f"## Measured on {metrics.get('dataset')}, {metrics.get('images'):,} images\n\n{_table(shares)}")
     if recipe:
-        some = {key: value for key, value in recipe.items() if not key.startswith(PLACES)}
-        some = dict(list(some.items())[:LIMIT])
-        left = "" if len(recipe) <= LIMIT else f"\n\nand {len(recipe) - LIMIT} more."
-        parts.append(f"## Recipe\n\n{_table(some)}{left}")
+        usual = flatten(to_dict(Config()))
+        told = {key: value for key, value in recipe.items() if key not in PLACES and value != usual.get(key)}
+        parts.append(f"## Recipe\n\nWhat differs from the defaults:\n\n{_table(told)}")
     parts.append(f"## Checked before it was published\n\n{_table(rows)}")
     return "\n\n".join(parts) + "\n"
 

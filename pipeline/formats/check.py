@@ -17,9 +17,9 @@ from vitscale.pipeline.weights import open_trained
 IMAGES = 4
 
 
-def fixed_images(side: int) -> Tensor:
-    """The images of noise (4, 3, side, side) that exports are compared on."""
-    return torch.randn(IMAGES, 3, side, side, generator=torch.Generator().manual_seed(0))
+def fixed_images(height: int, width: int | None = None) -> Tensor:
+    """The images of noise (4, 3, height, width) that exports are compared on; square ones without `width`."""
+    return torch.randn(IMAGES, 3, height, width or height, generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()

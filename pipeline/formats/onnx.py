@@ -62,9 +62,9 @@ def write(network: Network, folder: Path, dtype: torch.dtype, dynamic_size: bool
 
 
 def strip(model: Any, dynamic_size: bool) -> None:
-    """Leave of a model the graph and its weights: no notes on where nodes came from, no shapes between them.
+    """Leave of an `onnx_ir.Model` the graph and its weights, without notes on where each node came from.
 
-    Shapes of input and output get names that can be read. `model` is an `onnx_ir.Model`.
+    Free sides get names that say what they are; shapes between nodes, in symbols that nobody could read, go.
     """
     import onnx_ir
 

@@ -67,8 +67,8 @@ def resize(
     scales_h: float | None = None,
     scales_w: float | None = None,
 ) -> Any:
-    """Bicubic interpolation with antialiasing, as PyTorch has it: with Keys' coefficient, -0.5 (1981), and weights
-    outside of the image left out."""
+    """Bicubic interpolation with antialiasing, as PyTorch has it: Keys' cubic (1981) with a = -1/2, and no weight on
+    places outside of the image. onnxscript before 0.7.1 leaves out one or both."""
     size = op.Concat(op.Shape(self, start=0, end=2), op.Cast(output_size, to=INT64.dtype), axis=0)
     return op.Resize(self, None, None, size, mode="cubic", antialias=1, cubic_coeff_a=-0.5, exclude_outside=1)
 

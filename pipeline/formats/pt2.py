@@ -12,8 +12,9 @@ from vitscale.pipeline.formats.capture import capture, check_size, exporting
 FILE = "model.pt2"
 LOADING = f"""import torch
 
-classifier = torch.export.load("FOLDER/{FILE}").module()
-logits = classifier(images)  # float32 (B, 3, Y, X), normalised"""
+program = torch.export.load("FOLDER/{FILE}")
+# for a GPU: from torch.export.passes import move_to_device_pass; program = move_to_device_pass(program, "cuda")
+logits = program.module()(images)  # float32 (B, 3, Y, X), normalised"""
 
 
 def check(config: Any, dtype: torch.dtype, dynamic_size: bool) -> None:

@@ -13,14 +13,11 @@ from vitscale.pipeline.formats.check import read_back
 from vitscale.pipeline.tensor_file import write_safetensors
 from vitscale.pipeline.weights import Trained
 
-LOADING = """import json
-import timm
+LOADING = """import timm
 
-config = json.load(open("FOLDER/config.json"))
-model = timm.create_model(
-    config["architecture"], num_classes=config["num_classes"], global_pool=config["global_pool"],
-    checkpoint_path="FOLDER/model.safetensors", **config.get("model_args", {}),
-)"""
+model = timm.create_model("local-dir:FOLDER", pretrained=True)
+settings = timm.data.resolve_model_data_config(model)
+images = timm.data.create_transform(**settings)(picture)[None]"""
 
 
 def write(trained: Trained, folder: Path, dtype: torch.dtype) -> None:

@@ -564,7 +564,7 @@ def test_weights_that_do_not_fit_are_named(what: Callable[[dict], object], said:
 
 
 def test_depth_that_is_only_claimed_costs_nothing() -> None:
-    swin = SwinConfig(32, 4, 4, 16, (1 << 24, 1), (1, 1), 3)
+    swin = SwinConfig(32, 4, 4, 16, (1024, 1), (1, 1), 3)
     with pytest.raises(UserError, match="those of"):
         imported("timm", swin, tensors({"head.weight": torch.zeros(1)}))
 

@@ -42,64 +42,6 @@ def test_parameters_and_macs_are_the_published_ones(name: str) -> None:
     assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=6e-3)
 
 
-def test_equals_transformers_for_the_same_weights() -> None:
-    """Logits and gradients. Float32 rounding of another order of operations leaves about 1e-6."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    theirs = transformers.ViTForImageClassification(
-        transformers.ViTConfig(
-            image_size=32, patch_size=8, num_hidden_layers=2, hidden_size=48, intermediate_size=96,
-            num_attention_heads=4, num_labels=7, layer_norm_eps=1e-6, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    ).eval()  # fmt: skip
-    weights = {name: torch.randn_like(value) * 0.1 for name, value in theirs.state_dict().items()}
-    theirs.load_state_dict(weights)
-    ours = VisionTransformer(SMALL).eval()
-    ours.load_state_dict(renamed(weights, depth=2))
-    images = torch.randn(3, 3, 32, 32, requires_grad=True)
-    expected = theirs(images).logits
-    got = ours(images)
-    assert (got - expected).abs().max() <= 1e-5
-    gradients = [torch.autograd.grad(logits.square().sum(), images)[0] for logits in (got, expected)]
-    assert (gradients[0] - gradients[1]).abs().max() <= 1e-4 * gradients[1].abs().max()
-
-
-def renamed(theirs: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
-    """transformers' names of ViT weights → ours."""
-    ours = {
-        "cls_token": theirs["vit.embeddings.cls_token"],
-        "pos_embed": theirs["vit.embeddings.position_embeddings"],
-    }
-    pairs = {
-        "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
-        "vit.layernorm": "norm",
-        "classifier": "head",
-    }
-    for i in range(depth):
-        layer = next(n for n in theirs if f"layer.{i}." in n or f"layers.{i}." in n).split(f".{i}.")[0] + f".{i}."
-        names = {name.removeprefix(layer).rsplit(".", 1)[0] for name in theirs if name.startswith(layer)}
-
-        def find(*endings: str, names: set[str] = names) -> str:
-            return next(name for ending in endings for name in names if name.endswith(ending))
-
-        pairs |= {
-            layer + find("layernorm_before"): f"blocks.{i}.norm1",
-            layer + find("layernorm_after"): f"blocks.{i}.norm2",
-            layer + find("attention.output.dense", "o_proj"): f"blocks.{i}.attn.proj",
-            layer + find("intermediate.dense", "fc1"): f"blocks.{i}.mlp.fc1",
-        }
-        mlp_out = [n for n in names if n.endswith(("output.dense", "fc2")) and "attention" not in n]
-        pairs[layer + mlp_out[0]] = f"blocks.{i}.mlp.fc2"
-        parts = [find(f"{long}", f"{long[0]}_proj") for long in ("query", "key", "value")]
-        for kind in ("weight", "bias"):
-            ours[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([theirs[f"{layer}{part}.{kind}"] for part in parts])
-    for their_name, our_name in pairs.items():
-        for kind in ("weight", "bias"):
-            ours[f"{our_name}.{kind}"] = theirs[f"{their_name}.{kind}"]
-    return ours
-
-
 def test_initial_weights_have_the_papers_statistics() -> None:
     model = create_model("vit_small_patch16_224", num_classes=10, pre_logits=True)
     weights = model.state_dict()

@@ -35,7 +35,7 @@ FAMILIES: dict[str, ArchitectureConfig] = {
     "mixer": MixerConfig(32, 16, 8, 512, 256, 2048, 3),
     "resnet": ResNetConfig(32, (1, 1), 1, 3),
 }
-RECIPE = {"model": {"name": "vit_tiny_patch8_32"}, "optim": {"lr": 0.001}, "run": {"dir": "/home/someone/runs/a"}}
+RECIPE = {"model": {"name": "vit_tiny_patch8_32"}, "optim": {"lr": 0.002}, "run": {"dir": "/home/someone/runs/a"}}
 
 
 def trained(config: ArchitectureConfig, tmp_path: Path) -> Path:

@@ -41,7 +41,7 @@ NETWORKS = {
     "options": OPTIONS,
     "rotary": ROTARY,
     "sincos2d": SINCOS,
-    "fourier": replace(VIT, mixing="fourier", img_size=88),  # 122 tokens: short transforms err little, however made
+    "fourier": replace(VIT, mixing="fourier", img_size=88, width=180),  # short transforms err little, however made
     "stem": STEM,
     "resnet": RESNET,
     "swin": SWIN,

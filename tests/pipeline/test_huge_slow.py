@@ -22,7 +22,7 @@ from vitscale.pipeline.saver import Saver
 from vitscale.pipeline.weights import describe
 
 pytestmark = pytest.mark.slow
-NAME, CLASSES, STEPS = "vit_large_patch16_224", 1000, 3
+NAME, CLASSES, STEPS = "vit_huge_patch14_224", 1000, 3
 MODEL = ModelConfig(NAME).resolve(CLASSES)
 
 
