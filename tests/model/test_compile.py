@@ -42,6 +42,11 @@ def test_compiled_blocks_compute_the_same_by_one_graph() -> None:
             assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert counters["stats"]["unique_graphs"] == (1 if factors is None and number < 4 else 2)
     assert not counters["graph_break"]
+    larger = torch.randn(2, 3, 48, 48)
+    compiled(larger)  # another size: another graph
+    with torch._dynamo.config.patch(error_on_recompile=True):  # sizes seen before come back: none
+        compiled(torch.randn(4, 3, 32, 32))
+        compiled(larger)
     with (
         pytest.raises(RuntimeError, match=r"size mismatch at index 0\. expected 4, actual 5"),
         torch._dynamo.config.patch(error_on_recompile=True),
