@@ -56,10 +56,10 @@ def shared_data() -> Path:
 def ranks(tmp_path: Path) -> Callable[..., Any]:
     """`ranks(__file__, "function", size, *arguments)`: run function(world, *arguments) on `size` gloo processes.
 
-    Returns what rank 0 returned, by way of JSON. The function is one of the test file.
+    Returns what rank 0 returned, by way of JSON. The function is one of the test file. `limit`: seconds they have.
     """
 
-    def run(file: str, function: str, size: int, *arguments: Any) -> Any:
+    def run(file: str, function: str, size: int, *arguments: Any, limit: float = 300) -> Any:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -71,8 +71,13 @@ def ranks(tmp_path: Path) -> Callable[..., Any]:
             env = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, "PYTHONPATH": RANK.parents[1]}
             env = {**os.environ, **{key: str(value) for key, value in env.items()}}
             processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-        with ThreadPoolExecutor() as together:  # a rank whose pipe is full would wait, and the others for it
-            errors = [said for _, said in together.map(lambda process: process.communicate(timeout=300), processes)]
+        try:
+            with ThreadPoolExecutor() as together:  # a rank whose pipe is full would wait, and the others for it
+                said = list(together.map(lambda process: process.communicate(timeout=limit), processes))
+        finally:
+            for process in processes:  # of those that had not ended in time
+                process.kill()
+        errors = [errors for _, errors in said]
         assert not any(process.returncode for process in processes), "\n".join(errors)[-4000:]
         return json.loads(out.read_text())
 

@@ -77,7 +77,7 @@ print(json.dumps({"difference": made.difference, "reader": made.reader, "peak": 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_first_steps_and_exports(ranks: Callable[..., Any], tmp_path: Path, stage: int) -> None:
     """Exports take at most 1.5 times the file at any moment, Python, torch and mapped files included."""
-    rows = ranks(__file__, "train_and_save", 2, str(tmp_path / "run"), stage)
+    rows = ranks(__file__, "train_and_save", 2, str(tmp_path / "run"), stage, limit=1800)
     # the loss of a classifier that knows nothing: ln 1000 = 6.9, and what its weights of deviation 0.01 √1280 add
     assert all(3 < row["loss"] < 10 and 0 < row["grad_norm"] < 100 for row in rows), rows
     for name in ("safetensors", "hf", "timm"):
