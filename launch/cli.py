@@ -3,12 +3,14 @@
 Only typer is imported here; the rest when a stage runs, so that `vitscale --help` answers at once.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vitscale.errors import UserError
+from vitscale.launch.launch_cli import launch_app
 from vitscale.launch.stage import SettingsCommand, run_ranks, stage
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -21,6 +23,7 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: those that ship, what they resolve to, how they differ.")
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(launch_app, name="launch")
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -234,10 +237,15 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=0, help="Loader processes of each rank.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     weights: Weights = "auto",
+    suite: Annotated[
+        str,
+        typer.Option(help="More: knn, fewshot, linear, calibration, real=FILE, corruptions, robustness."),
+    ] = "",
+    train: Annotated[str, typer.Option(help="Dataset of training features, for knn, fewshot and linear.")] = "",
     nproc: Nproc = 1,
     debug: Debug = False,
 ) -> None:
-    """Top-1, top-5 and confusion matrix on a dataset, each image counted once.
+    """Top-1, top-5 and confusion matrix on a dataset, each image counted once; with --suite more.
 
     Example: `vitscale evaluate runs/a shards/test`
     """
@@ -245,9 +253,14 @@ def evaluate(
     from vitscale.pipeline.console import say
     from vitscale.pipeline.data.loader import LoaderSettings
     from vitscale.pipeline.evaluation import stage as evaluation
+    from vitscale.pipeline.evaluation import suite_results
     from vitscale.pipeline.mirror import shown
 
     def work(world: Any) -> None:
+        if suite:
+            settings = LoaderSettings(micro_batch, workers)
+            suite_results.evaluate(checkpoint, dataset, suite, train, weights, out, settings, world)
+            return
         trained, store = evaluation.check_alike(checkpoint, dataset, weights)
         path = Path(out) if out else evaluation.results_path(trained, store)
         results = evaluation.evaluate(trained, store, LoaderSettings(micro_batch, workers), world)
@@ -263,10 +276,15 @@ def evaluate(
             say(f"{results['images']:,} images; all of this in {shown(path)}")
 
     def check() -> None:
-        evaluation.check(checkpoint, dataset, weights)
+        if suite:
+            suite_results.check(checkpoint, dataset, suite, train, weights)
+        else:
+            evaluation.check(checkpoint, dataset, weights)
 
     require_choice("--device", device, ("auto", "cpu", "cuda"))
     require_choice("--weights", weights, ("auto", "raw", "ema"))
+    if train and not suite:
+        raise UserError("--train", train, "nothing without --suite", "Add --suite knn, or leave it out.")
     run_ranks(work, check, nproc, device, "--device")
 
 
@@ -422,6 +440,41 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command()
+@stage
+def doctor(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SETTING=VALUE]...", help="data.train, run.dir and engine.device.")
+    ] = None,
+    nproc: Nproc = 1,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds for ranks to arrive, and for each thing tried.")
+    ] = 120.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Whether all ranks meet, see the same, and are as fast as each other; names a node that is odd (exit code 1).
+
+    Under `srun`, one task a GPU or a node. Example: `srun vitscale doctor data.train=shards/train run.dir=runs/a`
+    """
+    import os
+
+    from vitscale.launch.local import LAUNCHER, check_processes, launch, under_launcher
+    from vitscale.pipeline.config import Config, compose_overrides
+
+    config = compose_overrides(Config, overrides or [])
+    if not under_launcher():
+        check_processes(nproc, config.engine.device, "engine.device")
+        if nproc > 1:
+            raise typer.Exit(launch(sys.argv[1:], nproc))
+    from vitscale.launch.doctor import examine
+    from vitscale.pipeline.distributed import die_with_parent
+
+    if LAUNCHER in os.environ:
+        die_with_parent(int(os.environ[LAUNCHER]))
+    examine(config, timeout, as_json)
+
+
 @recipe_app.command("list")
 @stage
 def recipe_list(debug: Debug = False) -> None:
@@ -447,6 +500,35 @@ def recipe_show(recipe: Recipe, overrides: Overrides = None, debug: Debug = Fals
     from vitscale.pipeline.console import say
 
     say(to_yaml(load_recipe(recipe, overrides or [], RECIPES)).rstrip())
+
+
+@recipe_app.command("plan")
+@stage
+def recipe_plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all, one rank each.")] = 8,
+    images: Annotated[int, typer.Option(min=0, help="Training images; 0: those of data.train.")] = 0,
+    classes: Annotated[int, typer.Option(min=0, help="Classes; 0: those of data.train.")] = 0,
+    gpu_memory: Annotated[float, typer.Option(min=0.001, help="GB of each GPU.")] = 80.0,
+    peak: Annotated[float, typer.Option(min=0.0, help="TFLOP/s of a GPU's matrix products; 0: an H200's.")] = 0.0,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of that which training reaches.")] = 0.4,
+    debug: Debug = False,
+) -> None:
+    """What a recipe comes to: batches, steps, memory, arithmetic. Needs no GPU; exit code 1 if it does not fit.
+
+    Example: `vitscale recipe plan vit-l16-i21k-pretrain --gpus 64 --images 14197122 --classes 21843`
+    """
+    from vitscale.pipeline.config import load_recipe
+    from vitscale.pipeline.console import say
+    from vitscale.pipeline.estimate import data_size, estimate, lines
+
+    config = load_recipe(recipe, overrides or [], RECIPES)
+    found = estimate(config, gpus, *data_size(config, images, classes), gpu_memory * 1e9, peak)
+    for line in lines(found, mfu):
+        say(line)
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 @recipe_app.command("diff")

@@ -1,0 +1,193 @@
+"""Evaluations beyond accuracy, by name: `vitscale evaluate CHECKPOINT DATASET --suite knn,calibration --train …`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitscale.errors import UserError
+from vitscale.pipeline.data import order
+from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, worker_deaths
+from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.distributed import World, agree, gather
+from vitscale.pipeline.evaluation import calibration as calibrating
+from vitscale.pipeline.evaluation import corruptions as corrupting
+from vitscale.pipeline.evaluation import fewshot as few
+from vitscale.pipeline.evaluation import knn as nearest
+from vitscale.pipeline.evaluation import linear as probing
+from vitscale.pipeline.evaluation import robustness as robust
+from vitscale.pipeline.evaluation.features import Features, features
+from vitscale.pipeline.evaluation.outcomes import Outcomes, in_order, outcomes
+from vitscale.pipeline.mirror import shown
+from vitscale.pipeline.objectives.supervised import Supervised
+from vitscale.pipeline.planner import check_classes
+from vitscale.pipeline.weights import Trained
+
+Values = Iterator[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checkpoint, what it is evaluated on, and what training features come from; `name` for files beside results."""
+
+    trained: Trained
+    store: Store
+    train: Store | None
+    settings: LoaderSettings
+    world: World
+    folder: Path
+    name: str
+
+    @cached_property
+    def objective(self) -> Supervised:
+        return Supervised(self.trained.load(), self.trained.preprocess).eval().to(self.world.device)
+
+    @cached_property
+    def outcomes(self) -> Outcomes:
+        view = EvaluationView(self.trained.preprocess)
+        return outcomes(self.objective, self.store, view, self.settings, self.world)
+
+    @cached_property
+    def features(self) -> tuple[Features, Features]:
+        """Of the training images and of those evaluated."""
+        assert self.train is not None
+        root, preprocess = self.folder / "features", self.trained.preprocess
+        model: Any = self.objective.model
+        found = [
+            features(model, store, preprocess, self.settings, self.world, root, setting)
+            for store, setting in ((self.train, "--train"), (self.store, "DATASET"))
+        ]
+        return found[0], found[1]
+
+
+def knn(task: Task, option: str) -> Values:
+    """Weighted k nearest neighbours, each rank with its share of the images."""
+    (train, test), world = task.features, task.world
+    low, high = order.rank_rows(len(test), world.rank, world.size)
+    own = dict(nearest.knn(train, test, len(task.store.classes), range(low, high), device=world.device))
+    columns = torch.from_numpy(np.stack(list(own.values()), axis=1))
+    whole = in_order([(torch.arange(low, high), columns)], len(test), len(own), world)
+    yield from zip(own, whole.T, strict=True)
+
+
+def fewshot(task: Task, option: str) -> Values:
+    """Least squares on few images of each class; with `fewshot=grid` at 31 penalties."""
+    train, test = task.features
+    l2s = few.GRID if option == "grid" else (few.L2,)
+    classes, device = len(task.store.classes), task.world.device
+    yield from _alone(task.world, lambda: few.fewshot(train, test, classes, l2s=l2s, device=device))
+
+
+def linear(task: Task, option: str) -> Values:
+    """Linear classifiers on features: SGD, and logistic regression."""
+    train, test = task.features
+    yield from _alone(task.world, lambda: probing.linear(train, test, len(task.store.classes), task.world.device))
+
+
+def calibration(task: Task, option: str) -> Values:
+    """Calibration and accuracy by class, and a plot of reliability beside the results."""
+    found, classes = task.outcomes, task.trained.classes
+    if task.world.main:
+        table = calibrating.reliability(found.confidence, (found.best == found.label).astype(np.float64))
+        task.folder.mkdir(parents=True, exist_ok=True)
+        calibrating.reliability_plot(task.folder / f"{task.name}-reliability.png", table, task.name)
+    yield from calibrating.calibration(found, classes)
+
+
+def real(task: Task, option: str) -> Values:
+    """Accuracy against reassessed labels, of a file: `real=FILE`."""
+    labels = calibrating.read_real(option, task.store.describe()["path"], task.store.classes)
+    yield from calibrating.real(task.outcomes, labels)
+
+
+def corruptions(task: Task, option: str) -> Values:
+    """Fifteen corruptions at five severities, or some: `corruptions=fog+snow`."""
+    kinds = option.split("+") if option else list(corrupting.KINDS)
+    classes, preprocess = len(task.trained.classes), task.trained.preprocess
+    yield from corrupting.corruptions(task.objective, task.store, preprocess, task.settings, task.world, classes, kinds)
+
+
+def robustness(task: Task, option: str) -> Values:
+    """Occluded and shuffled patches, and other resolutions."""
+    yield from robust.robustness(task.objective, task.store, task.settings, task.world)
+
+
+SUITES: dict[str, Callable[[Task, str], Values]] = {
+    "knn": knn,
+    "fewshot": fewshot,
+    "linear": linear,
+    "calibration": calibration,
+    "real": real,
+    "corruptions": corruptions,
+    "robustness": robustness,
+}
+ON_FEATURES = ("knn", "fewshot", "linear")  # those need --train, and no classes of the checkpoint's
+
+
+def parse(text: str) -> dict[str, str]:
+    """`knn,corruptions=fog+snow` → {"knn": "", "corruptions": "fog+snow"}. Raises `UserError` for what there is not."""
+    chosen: dict[str, str] = {}
+    for each in text.split(","):
+        name, _, option = each.strip().partition("=")
+        if name not in SUITES or name in chosen:
+            got = f"{name or 'nothing'}{' twice' if name in chosen else ''}"
+            raise UserError("--suite", got, f"some of {', '.join(SUITES)}", "Separate them with commas.")
+        allowed = {"fewshot": ("", "grid"), "real": None, "corruptions": None}.get(name, ("",))
+        if allowed is not None and option not in allowed:
+            raise UserError("--suite", each, " or ".join([name, *(f"{name}={o}" for o in allowed if o)]), "Change it.")
+        if name == "real" and not option:
+            raise UserError("--suite", "real without a file", "real=FILE", "Name the file of labels.")
+        chosen[name] = option
+    return chosen
+
+
+def check(chosen: dict[str, str], trained: Trained, store: Store, train: Store | None) -> None:
+    """Raise `UserError` for what would fail after long work: no images, other classes, several labels, no `--train`."""
+    on_features = [name for name in chosen if name in ON_FEATURES]
+    if on_features and train is None:
+        got = f"nothing, for {', '.join(on_features)}"
+        raise UserError("--train", got, "a dataset to take training features from", "Add --train shards/train.")
+    if train is not None and not on_features:
+        expected = f"nothing without one of {', '.join(ON_FEATURES)}"
+        raise UserError("--train", train.describe()["path"], expected, "Leave it out, or add a suite.")
+    for setting, each in (("DATASET", store), ("--train", train)):
+        if each is None:
+            continue
+        if not sum(int(sizes.sum()) for sizes in each.sizes):
+            raise UserError(setting, "a dataset without images", "at least one image", "Shard a source that has some.")
+        if each.multi:
+            got = f"{each.describe()['path']}, with several labels an image"
+            raise UserError(setting, got, "one label an image for --suite", "Evaluate it without --suite.")
+    if len(on_features) < len(chosen):
+        check_classes("DATASET", store.classes, shown(trained.path), trained.classes)
+    if train is not None:
+        check_classes("--train", train.classes, "DATASET", store.classes)
+    if "corruptions" in chosen:
+        option = chosen["corruptions"]
+        corrupting.check_corruptions(option.split("+") if option else [], trained.preprocess)
+    if "real" in chosen:
+        calibrating.read_real(chosen["real"], store.describe()["path"], store.classes)
+
+
+def run(chosen: dict[str, str], task: Task) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each suite with its values by name: numbers, or arrays (images,) that stand for their means."""
+    with worker_deaths(task.settings.workers):
+        for name, option in chosen.items():
+            yield name, dict(SUITES[name](task, option))
+            gather(None)
+
+
+def _alone(world: World, work: Callable[[], Values]) -> Values:
+    """What rank 0 finds, while the others wait; they get nothing."""
+    error, found = None, []
+    if world.main:
+        try:
+            found = list(work())
+        except UserError as problem:
+            error = problem
+    agree(error)
+    yield from found

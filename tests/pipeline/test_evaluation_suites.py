@@ -1,0 +1,137 @@
+"""`vitscale evaluate --suite`: the same numbers at any number of ranks, in both files; refusals before long work."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vitscale.errors import UserError
+from vitscale.model.config import ViTConfig
+from vitscale.model.vit import VisionTransformer
+from vitscale.pipeline.data.augment import Preprocess
+from vitscale.pipeline.data.loader import LoaderSettings
+from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.distributed import World
+from vitscale.pipeline.evaluation import suite_results
+from vitscale.pipeline.evaluation.bootstrap import Interval
+from vitscale.pipeline.evaluation.suites import SUITES, parse
+from vitscale.pipeline.weights import describe
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+ALL = "knn,fewshot,linear,calibration,robustness,corruptions=contrast"
+
+
+def write_export(folder: Path, classes: list[str]) -> Path:
+    """An export of random weights."""
+    folder.mkdir(parents=True)
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 1, "width": 16, "mlp_width": 32, "heads": 2}
+    model = ViTConfig(**sizes, num_classes=len(classes))
+    state = VisionTransformer(model, seed=1).state_dict()
+    state["head.weight"] = torch.randn(state["head.weight"].shape, generator=torch.Generator().manual_seed(0))
+    save_file(state, folder / "model.safetensors")
+    described = describe(model, classes, Preprocess(32, 1.0))
+    (folder / "config.json").write_text(json.dumps({"format": 1, **described, "origin": {"step": 5}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_export(tmp_path_factory.mktemp("export") / "export", [str(number) for number in range(10)])
+
+
+def evaluate(world: World, source: str, dataset: str, suite: str, train: str, out: str) -> None:
+    suite_results.evaluate(source, dataset, suite, train, "auto", out, LoaderSettings(60, 0), world)
+
+
+def test_numbers_are_the_same_at_any_number_of_ranks(
+    export: Path, digits: Any, tmp_path: Path, ranks: Callable[..., Any]
+) -> None:
+    words = (str(export), str(digits.test), ALL, str(digits.test))  # fewer to train on
+    evaluate(ALONE, *words, str(tmp_path / "1" / "found.json"))
+    ranks(__file__, "evaluate", 2, *words, str(tmp_path / "2" / "found.json"))
+    found = [json.loads((tmp_path / size / "found.json").read_text()) for size in ("1", "2")]
+    assert list(found[0]["suites"]) == [name.partition("=")[0] for name in ALL.split(",")]
+    rows = [pq.read_table(tmp_path / size / "results.parquet").to_pylist() for size in ("1", "2")]
+    assert len(rows[0]) == sum(map(len, found[0]["suites"].values())) > 90
+    for one, two in zip(*rows, strict=True):
+        names = ("checkpoint", "dataset", "suite", "name")
+        assert [one[name] for name in names] == [two[name] for name in names]
+        value = found[0]["suites"][one["suite"]][one["name"]]
+        told = (value["value"], value["low"], value["high"]) if isinstance(value, dict) else (value, None, None)
+        for name, each in zip(("value", "ci_low", "ci_high"), told, strict=True):
+            assert one[name] == each
+            # shares of right answers are equal; probabilities are float32, of batches that were cut otherwise
+            loose = one["suite"] == "calibration" and one["name"] not in ("top1", "mean_per_class")
+            assert two[name] == (pytest.approx(each, abs=1e-6) if loose else each), (one, two)
+    assert found[0]["top1"] == found[0]["suites"]["calibration"]["top1"]["value"]
+    assert len(list((tmp_path / "1" / "features").iterdir())) == 1  # of one dataset, computed once
+    assert (tmp_path / "1" / "found-reliability.png").exists()
+
+
+def test_rows_of_the_same_suite_are_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "results.parquet"
+    suite_results.add_rows(file, "a", "d", {"knn": {"x": Interval(1, 0, 2), "y": 3}, "real": {"x": 1}})
+    suite_results.add_rows(file, "b", "d", {"knn": {"x": 4}})
+    suite_results.add_rows(file, "a", "d", {"knn": {"z": 5}})
+    rows = [(row["checkpoint"], row["suite"], row["name"], row["value"]) for row in pq.read_table(file).to_pylist()]
+    assert rows == [("a", "real", "x", 1), ("b", "knn", "x", 4), ("a", "knn", "z", 5)]
+    assert pq.read_table(file).schema == suite_results.ROWS
+
+
+def test_features_suites_take_datasets_of_other_classes(digits: Any, tmp_path: Path) -> None:
+    source, out = write_export(tmp_path / "export", ["a", "b"]), tmp_path / "found.json"
+    evaluate(ALONE, str(source), str(digits.test), "knn", str(digits.train), str(out))
+    found = json.loads(out.read_text())
+    assert "top1" not in found
+    assert found["suites"]["knn"]["k10_top1"]["value"] > 0.4  # chance is a tenth
+
+
+def test_what_cannot_be_is_refused_before_long_work(
+    export: Path, digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(suite: str, train: str = "", source: Path = export, dataset: Path = digits.test) -> str:
+        with pytest.raises(UserError) as error:
+            suite_results.check(str(source), str(dataset), suite, train, "auto")
+        return str(error.value)
+
+    train = str(digits.train)
+    assert refused("knn,umap").startswith("--suite: got umap; expected some of knn, fewshot")
+    assert refused("knn,,linear").startswith("--suite: got nothing")
+    assert refused("knn,knn", train).startswith("--suite: got knn twice")
+    assert refused("knn=5", train).startswith("--suite: got knn=5; expected knn")
+    assert refused("real").startswith("--suite: got real without a file")
+    assert refused("real=none.json").startswith("--suite: got real=none.json")
+    assert refused("corruptions=rain").startswith("--suite: got corruptions=rain")
+    assert refused("knn,linear,calibration").startswith("--train: got nothing, for knn, linear; expected a dataset")
+    assert refused("calibration", train).startswith(f"--train: got {train}; expected nothing without one of knn")
+    assert refused("knn", "nowhere").startswith("--train: got ")
+    other = write_export(tmp_path / "export", ["a", "b"])
+    assert "expected the 2 classes of" in refused("knn,calibration", train, other)
+    fewer = copytree(digits.train, tmp_path / "fewer")
+    told = json.loads((fewer / "dataset.json").read_text())
+    told["classes"][0] = "nought"
+    (fewer / "dataset.json").write_text(json.dumps(told))
+    assert refused("knn", str(fewer)).startswith("--train: got 10 classes that differ ('0', 'nought')")
+    monkeypatch.setattr(Store, "sizes", [np.zeros(0, np.int64)])
+    assert refused("calibration").startswith("DATASET: got a dataset without images")
+
+
+def test_options_of_suites() -> None:
+    assert parse("fewshot=grid, corruptions=fog+snow,knn") == {"fewshot": "grid", "corruptions": "fog+snow", "knn": ""}
+    assert set(parse(",".join(name for name in SUITES if name != "real"))) == set(SUITES) - {"real"}
+
+
+def test_the_command(export: Path, digits: Any, vitscale: Callable[..., Any], tmp_path: Path) -> None:
+    said = vitscale("evaluate", export, digits.test, "--suite", "calibration", "--out", tmp_path / "found.json")
+    assert said.returncode == 0, said.stderr
+    assert "\n  ece" in said.stdout
+    assert "a row for each number in" in said.stdout
+    said = vitscale("evaluate", export, digits.test, "--suite", "knn", "--nproc", 2)
+    assert (said.returncode, said.stderr.startswith("error: --train: got nothing, for knn")) == (2, True)
