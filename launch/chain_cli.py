@@ -26,7 +26,7 @@ def _submit(tree: dict[str, object], file: str, dry: bool) -> None:
         chain_jobs.dry_run(made, say)
         return
     chain_jobs.submit_chain(made, file, say)
-    say(f"`vitscale launch status {made.logs}` shows how it is doing")
+    say(f"`vitscale status {made.logs}` shows how it is doing")
 
 
 def _apart(words: list[str]) -> tuple[list[str], dict[str, object], str]:
@@ -64,7 +64,7 @@ def chain(
         chain_jobs.dry_run(made, say)
         return
     chain_jobs.submit_chain(made, str(Path(file).absolute()), say)
-    say(f"`vitscale launch status {file}` shows how it is doing")
+    say(f"`vitscale status {file}` shows how it is doing")
 
 
 @stage
@@ -129,7 +129,7 @@ def status(
 ) -> None:
     """How a chain is doing: its stages, their jobs, why they wait or failed, progress, logs.
 
-    Example: `vitscale launch status digits.yaml`
+    Example: `vitscale status digits.yaml`
     """
     from vitscale.launch import chain_jobs, chain_status
     from vitscale.pipeline.console import say
@@ -149,7 +149,7 @@ def status(
 def cancel(chain_or_folder: Where, debug: Debug = False) -> None:
     """Cancel what is queued or running of a chain. Submitted again, it goes on from there.
 
-    Example: `vitscale launch cancel digits.yaml`
+    Example: `vitscale cancel digits.yaml`
     """
     from vitscale.launch import chain_jobs, chain_status
     from vitscale.pipeline.console import say

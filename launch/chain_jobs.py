@@ -76,7 +76,7 @@ def _clear_away(chain: Chain, state: State, tasks: Mapping[int, list[Task]], tod
             for row in record.jobs:
                 states = {task.state for task in tasks.get(row["job"], [])} - set(OVER)
                 got = f"{name}, of which job {row['job']} is running, while it would be submitted anew"
-                remedy = "Wait for it, or `vitscale launch cancel` first."
+                remedy = "Wait for it, or `vitscale cancel` first."
                 require(states <= {"PENDING"}, "CHAIN", got, "a stage that is not running", remedy)
                 left += [row["job"]] if states else []
     cancel_jobs(left)
@@ -96,7 +96,7 @@ def _sort(chain: Chain, state: State, tasks: Mapping[int, list[Task]]) -> tuple[
         if all(each.name in complete or each.name in going for each in chain.before(stage)):
             same = record.stage.record() == stage.record()
             got = f"{stage.name}, which is on its way with other settings (job {record.last})"
-            require(same, "CHAIN", got, "the settings that it was submitted with", "`vitscale launch cancel` it first.")
+            require(same, "CHAIN", got, "the settings that it was submitted with", "`vitscale cancel` it first.")
             going.add(stage.name)
     return complete, going
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.errors import UserError
-from vitscale.launch.chain_state import NEVER, OVER, Record, State, Task, settle, tasks_of
+from vitscale.launch.chain_state import NEVER, OVER, STATE_FILE, Record, State, Task, settle, tasks_of
 from vitscale.launch.chain_training import TRAIN, TrainKind
 from vitscale.launch.grid import RUNS, GridKind
 from vitscale.launch.slurm import client
@@ -178,6 +178,12 @@ def as_json(state: State, reports: list[StageReport]) -> str:
     """All of it as one JSON object."""
     rows = [asdict(each) for each in reports]
     return json.dumps({"chain": state.chain, "logs": str(state.logs), "stages": rows}, indent=1)
+
+
+def is_chain(place: str) -> bool:
+    """Whether that is the file of a chain, or the folder of its logs, and not a run."""
+    path = Path(place)
+    return path.suffix in (".yaml", ".yml") or (path / STATE_FILE).is_file()
 
 
 def logs_of(chain_or_folder: str) -> Path:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vitscale.errors import UserError
+from vitscale.launch import chain_cli
 from vitscale.launch.launch_cli import launch_app
 from vitscale.launch.stage import SettingsCommand, run_ranks, stage
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: those that ship, what they resolve to, how they differ.")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(launch_app, name="launch")
+app.command()(chain_cli.cancel)
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -400,16 +402,20 @@ def report(
 @app.command()
 @stage
 def status(
-    run: Annotated[str, typer.Argument(help="Folder of a run, going on or over.")],
+    run: Annotated[str, typer.Argument(help="Folder of a run, going on or over; or a chain's file or logs.")],
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
     """How a run is doing: progress, speed and what bounds it, last checkpoint, incidents. Does not disturb it.
 
-    Example: `vitscale status runs/a`
+    Of a chain of jobs: its stages. Example: `vitscale status runs/a`
     """
+    from vitscale.launch.chain_status import is_chain
     from vitscale.pipeline import status as pipeline
 
+    if is_chain(run):
+        chain_cli.status(chain_or_folder=run, as_json=as_json, debug=debug)
+        return
     found = pipeline.read_status(run)
     if as_json:
         print(pipeline.as_json(found))
