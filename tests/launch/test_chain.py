@@ -223,6 +223,7 @@ def test_queued_jobs_are_not_doubled(slurm: SlurmCluster, launch: Launch, digits
     assert "nothing is queued or running" in launch("cancel", "chain.yaml").stdout
 
 
+@pytest.mark.slow
 def test_grid_of_two_runs_the_best_first(slurm: SlurmCluster, launch: Launch, digits: Any, tmp_path: Path) -> None:
     """A rank is killed once, of the task that goes by the number of the whole array."""
     stub = tmp_path / "vitscale"

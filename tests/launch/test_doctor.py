@@ -156,6 +156,7 @@ def test_a_node_without_the_data_and_one_that_is_not_there(vitscale: Command, di
     assert second.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_real_slurm(slurm: SlurmCluster, digits: Any, tmp_path: Path) -> None:
     """One task on each of three nodes; data that only the third cannot read."""
     data = tmp_path / "data"

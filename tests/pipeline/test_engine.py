@@ -259,7 +259,8 @@ def train_with_others(world: World, count: int) -> dict[str, list[float]]:
     return rows
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_every_optimizer_equals_a_plain_loop_at_every_stage(ranks: Callable[..., Any], world_size: int) -> None:
     """Over 20 steps. Lion takes the sign of sums, which rounding can turn: such a weight moves by 2 lr."""
     got = ranks(__file__, "train_with_others", world_size, 20)
@@ -350,6 +351,7 @@ def train_offloaded(world: World, count: int) -> dict[str, list[float]]:
     return rows
 
 
+@pytest.mark.slow
 def test_offload_changes_no_loss(ranks: Callable[..., Any]) -> None:
     got = ranks(__file__, "train_offloaded", 2, 8)
     for name, losses in got.items():

@@ -165,6 +165,7 @@ def test_format_1_is_gone_on_from(digits: Any, tmp_path: Path) -> None:
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_exported_and_gone_on_with(
     digits: Any, tmp_path: Path, vitscale: Callable[..., Any]
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_killed_run_goes_on_exactly(reference: Path, digits: Any, tmp_path: Pa
     assert same_weights(folder, reference)
 
 
+@pytest.mark.slow
 def test_ranks_end_with_their_launcher(digits: Any, tmp_path: Path) -> None:
     """The launcher alone is killed with -9: its ranks must not go on writing, and the run can be started again."""
     folder = tmp_path / "run"
@@ -221,6 +222,7 @@ def test_dropout_resumes_exactly_too(digits: Any, tmp_path: Path) -> None:
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_audit_tells_where_the_data_of_two_runs_differ(
     reference: Path, digits: Any, tmp_path: Path, vitscale: Callable[..., Any]
 ) -> None:
@@ -240,6 +242,7 @@ def test_audit_tells_where_the_data_of_two_runs_differ(
     assert "RUN_B: got" in vitscale("audit", str(reference), str(tmp_path)).stderr
 
 
+@pytest.mark.slow
 def test_a_mixture_mixes_and_augments_alike_at_any_number_of_ranks(digits: Any, tmp_path: Path) -> None:
     """Two datasets, mixup, cutmix, RandAugment and erasing: the losses of one rank are those of two, but for sums in
     another order, which AdamW's first steps carry to about 1e-5."""
