@@ -137,6 +137,7 @@ def test_from_images_to_an_export_by_one_command(
     assert "%" in predicted.stdout
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_tried_again_alone(
     slurm: SlurmCluster, launch: Launch, digits: Any, tmp_path: Path
 ) -> None:

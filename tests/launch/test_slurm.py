@@ -133,6 +133,7 @@ def test_killed_node_is_replaced(
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=SAME)
 
 
+@pytest.mark.slow
 def test_goes_on_on_three_nodes_then_one(
     slurm: SlurmCluster, submitted: Callable[..., int], whole: Path, tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def stub(tmp_path: Path, rank: str) -> str:
     return f"slurm.command={path}"
 
 
+@pytest.mark.slow
 def test_killed_rank_is_requeued_elsewhere(slurm: SlurmCluster, submitted: Callable[..., int], tmp_path: Path) -> None:
     """A killed task fails a job: the batch script requeues it, here not onto that node."""
     once = f'[ "$SLURM_PROCID" = 1 ] && mkdir {tmp_path}/once && hostname >{tmp_path}/host && kill -9 $$'
@@ -221,6 +223,7 @@ def test_killed_rank_is_requeued_elsewhere(slurm: SlurmCluster, submitted: Calla
     assert (shown["Restarts"], shown["ExcNodeList"]) == ("1", host)
 
 
+@pytest.mark.slow
 def test_three_failures_without_a_checkpoint_end_it(
     slurm: SlurmCluster, submitted: Callable[..., int], tmp_path: Path
 ) -> None:

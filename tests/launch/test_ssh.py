@@ -57,6 +57,7 @@ def words(digits: Any, tmp_path: Path) -> Callable[..., list[str]]:
     return line
 
 
+@pytest.mark.slow
 def test_a_run_on_two_hosts_is_that_of_as_many_local_ranks(
     words: Callable[..., list[str]], env: dict[str, str], digits: Any, tmp_path: Path
 ) -> None:

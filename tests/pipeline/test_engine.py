@@ -235,6 +235,7 @@ def average_naively(world: World, count: int) -> dict[str, float]:
     return differences
 
 
+@pytest.mark.slow
 def test_the_average_is_that_of_whole_weights(ranks: Callable[..., Any]) -> None:
     """50 steps; float32 rounds an average of numbers of order 0.1 by about 1e-8 a step."""
     assert all(difference < 1e-6 for difference in ranks(__file__, "average_naively", 2, 50).values())

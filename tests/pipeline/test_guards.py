@@ -28,7 +28,9 @@ from vitscale.pipeline.planner import plan
 QUICK = ("eval.every=0", "data.workers=0")
 
 
-@pytest.mark.parametrize(("processes", "name"), [("2", "SIGUSR1"), ("1", "SIGTERM")])
+@pytest.mark.parametrize(
+    ("processes", "name"), [pytest.param("2", "SIGUSR1", marks=pytest.mark.slow), ("1", "SIGTERM")]
+)
 def test_a_signal_saves_and_asks_for_another_start(digits: Any, tmp_path: Path, processes: str, name: str) -> None:
     """Sent to the command alone. What follows is, bit for bit, what an undisturbed run does."""
     more = ("--nproc", processes, "train.duration=200", "checkpoint.every=0", *QUICK)
@@ -51,6 +53,7 @@ def test_a_signal_saves_and_asks_for_another_start(digits: Any, tmp_path: Path, 
     assert same_weights(folder, tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_recover_stops_and_its_incidents_are_repeated(
     digits: Any, tmp_path: Path, vitscale: Callable[..., Any]
 ) -> None:

@@ -82,6 +82,7 @@ def left(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_goes_on_exactly_after_a_kill(
     digits: Any,
     bucket: Any,

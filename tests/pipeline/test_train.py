@@ -210,6 +210,7 @@ def test_finetune_export_predict_and_report(
     assert "not evaluated yet" in page
 
 
+@pytest.mark.slow
 def test_dropout_resumes_exactly_too(digits: Any, tmp_path: Path) -> None:
     """Random numbers derive from the step: nothing of them is saved."""
     dropout = ("model.dropout=0.2", "train.duration=6", "checkpoint.every=3", "eval.every=0")
@@ -257,6 +258,7 @@ def test_a_mixture_mixes_and_augments_alike_at_any_number_of_ranks(digits: Any, 
     assert seen[0] == seen[1]
 
 
+@pytest.mark.slow
 def test_training_reads_from_an_object_store_through_its_cache(digits: Any, tmp_path: Path) -> None:
     from tests.data_prep.test_storage import object_store, upload
 
@@ -294,7 +296,12 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "losses-digits-200.json"
 SLOWLY = ("train.duration=200", "optim.lr=1e-4", "train.global_batch=31", "checkpoint.every=0", "eval.every=0")
 
 
-@pytest.mark.parametrize(("processes", "stage"), [(1, 0), (2, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("processes", "stage"), [(1, 0), *(pytest.param(*each, marks=SLOW) for each in ((2, 3), (3, 1)))]
+)
 def test_two_hundred_steps_follow_the_golden_curve(digits: Any, tmp_path: Path, processes: int, stage: int) -> None:
     """At a rate at which rounding grows to no more than 1e-4 in so many steps, on any processor and any ranks.
 
