@@ -333,7 +333,7 @@ def export(
 ) -> None:
     """Write the network in formats that others read, each read back and compared before it appears.
 
-    Example: `vitscale export runs/a exported --format safetensors,hf,onnx`
+    Example: `vitscale export runs/a exported --format safetensors,hf,timm`
     """
     from vitscale.pipeline.config import require_choice
     from vitscale.pipeline.console import say
