@@ -28,7 +28,7 @@ from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.engine import model_states
-from vitscale.pipeline.micro_batch import LIVE, RESERVE
+from vitscale.pipeline.micro_batch import RESERVE, bucket_bytes
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.placement import Placement, place
 from vitscale.pipeline.schedule import parse_duration
@@ -162,17 +162,6 @@ def objective(form: Form, blocks: int) -> Supervised:
         network = build_network(model, seed=None)
     network.recompute, network.recompute_every = form.recompute, form.recompute_every
     return Supervised(network, Preprocess(model.img_size, 1.0), loss=form.loss)
-
-
-def bucket_bytes(config: Config, parameters: int, placement: Placement, working: int) -> float:
-    """Bytes of communication buckets, and at stage 3 of gathered weights, as `micro_batch.room` counts them."""
-    if not config.engine.zero_stage:
-        return 0.0
-    held = (3 if placement.overlap else 2) * placement.bucket
-    if config.engine.zero_stage == 3:
-        zero = config.engine.deepspeed.get("zero_optimization", {})
-        held += min(parameters, zero.get("stage3_max_live_parameters", LIVE))
-    return float(held * working)
 
 
 @lru_cache(maxsize=64)

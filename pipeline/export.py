@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from vitscale.data_prep.publish import publish_text, sync_folder
 from vitscale.errors import UserError
 from vitscale.pipeline.config import require, require_choice
 from vitscale.pipeline.formats.card import card, provenance
-from vitscale.pipeline.formats.check import IMAGES, difference, fixed_images, loaded, streamed_logits
+from vitscale.pipeline.formats.check import IMAGES, difference, fixed_images, streamed_logits
 from vitscale.pipeline.weights import Tensors, Trained, open_trained
 
 STREAMED = {"safetensors": "ours", "hf": "hugging_face", "timm": "timm"}  # modules of pipeline/formats
@@ -77,6 +79,12 @@ def export(
     for name in graphs:
         module_of(name).check(trained.model, DTYPES[dtype], dynamic_size)
     trained = replace(trained, origin={**trained.origin, **provenance(trained)})
+    rounded = replace(trained, open=lambda: _rounded(trained.open(), DTYPES[dtype]))
+
+    @cache
+    def expected(height: int, width: int) -> Tensor:
+        return streamed_logits(trained.model, rounded.open().read, fixed_images(height, width))
+
     partial = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -85,7 +93,7 @@ def export(
         for name in chosen:
             folder = partial / name if len(chosen) > 1 else partial
             folder.mkdir(exist_ok=True)
-            made = _export(trained, folder, name, DTYPES[dtype], dynamic_size, licence)
+            made = _export(rounded, expected, folder, name, DTYPES[dtype], dynamic_size, licence)
             done.append(replace(made, folder=target / name if len(chosen) > 1 else target))
         partial.rename(target)
         sync_folder(target.parent)
@@ -99,24 +107,31 @@ def export(
 
 
 def _export(
-    trained: Trained, folder: Path, name: str, dtype: torch.dtype, dynamic_size: bool, licence: str
+    trained: Trained,
+    expected: Callable[[int, int], Tensor],
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    dynamic_size: bool,
+    licence: str,
 ) -> Exported:
-    """Write one format into an empty folder, check it, describe it, and sync all of it."""
-    rounded = replace(trained, open=lambda: _rounded(trained.open(), dtype))
+    """Write one format into an empty folder, check it, describe it, and sync all of it.
+
+    `trained` has weights rounded to `dtype`, and `expected` are its logits on the fixed images of a height and width.
+    """
     form, side, patch = module_of(name), trained.model.img_size, trained.model.patch_size
     more = patch if patch > 1 else 16
     sizes = [(side, side), (side + more, side + 2 * more)] if dynamic_size and name in GRAPHS else [(side, side)]
     if name in GRAPHS:
-        form.write(loaded(trained.model, rounded.open().read), folder, dtype, dynamic_size)
+        form.write(trained.load(), folder, dtype, dynamic_size)
     else:
-        form.write(rounded, folder, dtype)
+        form.write(trained, folder, dtype)
     tolerance = EXACT if name == "safetensors" else REORDERED if dtype == torch.float32 else ROUGH
     found, reader = 0.0, ""
     for height, width in sizes:
-        images = fixed_images(height, width)
-        expected = streamed_logits(trained.model, rounded.open().read, images)
-        got, reader = form.logits(folder, images)
-        apart, largest = difference(got, expected), max(expected.abs().max().item(), 1.0)
+        wanted = expected(height, width)
+        got, reader = form.logits(folder, fixed_images(height, width))
+        apart, largest = difference(got, wanted), max(wanted.abs().max().item(), 1.0)
         if not apart <= tolerance * largest:
             said = f"{name}: logits that differ from the source's by {apart:.1e}, of {largest:.1e}"
             raise UserError("--format", said, f"at most {tolerance * largest:.0e}", "Choose another format.")

@@ -61,12 +61,19 @@ def room(plan: Plan, world: World, make: Make) -> Room:
     states, placement = model_states(skeleton, engine, plan.config.optim, world)
     parameters = sum(p.numel() for p in skeleton.parameters())
     fixed = states.on_device(parameters, engine.zero_stage, world.size, placement.offload)
-    if engine.zero_stage:
-        fixed += (3 if placement.overlap else 2) * placement.bucket * states.working  # to reduce, and to gather
-    if engine.zero_stage == 3:
-        zero = engine.deepspeed.get("zero_optimization", {})
-        fixed += min(parameters, zero.get("stage3_max_live_parameters", LIVE)) * states.working
+    fixed += bucket_bytes(plan.config, parameters, placement, states.working)
     return Room(parameters, states, placement, _available(world.device) * (1 - RESERVE[world.device.type]), fixed)
+
+
+def bucket_bytes(config: Config, parameters: int, placement: Placement, working: int) -> float:
+    """Bytes of communication buckets, and at stage 3 of gathered weights."""
+    if not config.engine.zero_stage:
+        return 0.0
+    held = (3 if placement.overlap else 2) * placement.bucket  # to reduce, and to gather
+    if config.engine.zero_stage == 3:
+        zero = config.engine.deepspeed.get("zero_optimization", {})
+        held += min(parameters, zero.get("stage3_max_live_parameters", LIVE))
+    return float(held * working)
 
 
 def _available(device: torch.device) -> float:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vitscale.errors import UserError
+from vitscale.model.build import build_network
 from vitscale.model.network import Network
-from vitscale.pipeline.formats.check import loaded
+from vitscale.pipeline.formats.check import fill
 
 ANY_SIZE = ("vit", "resnet")  # families whose weights and operations are the same for images of all sizes
 
@@ -42,7 +43,10 @@ def capture(network: Network, dtype: torch.dtype, dynamic_size: bool) -> Exporte
         rows, columns = Dim("rows", min=least), Dim("columns", min=least)
         shapes |= {2: rows, 3: columns} if patch == 1 else {2: patch * rows, 3: patch * columns}
         sides = [patch * (max(config.grid, least) + more) for more in (1, 2)]  # both unlike, and unlike what is trained
-    graph = Graph(loaded(config, lambda name: network.get_parameter(name).detach().to(dtype)), dtype)
+    with torch.device("meta"):
+        rounded = build_network(config, seed=None)
+    fill(rounded, "", lambda name: network.get_parameter(name).detach().to(dtype))  # at float32 the same memory
+    graph = Graph(rounded, dtype)
     example = torch.zeros(2, 3, *sides)  # of which the shape alone matters; one image would be taken for all there are
     with exporting(), torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes={"images": shapes}, strict=False)

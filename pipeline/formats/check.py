@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vitscale.model.build import build_network
 from vitscale.model.layers import Block
-from vitscale.model.network import Network
 from vitscale.pipeline.weights import open_trained
 
 IMAGES = 4
@@ -58,14 +57,6 @@ def let_go(module: nn.Module) -> None:
     module.to_empty(device="meta")
     with suppress(AttributeError, OSError):  # where it is not glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def loaded(config: Any, read: Callable[[str], Tensor]) -> Network:
-    """The whole network with its weights, in evaluation mode, on the CPU."""
-    with torch.device("meta"):
-        network = build_network(config, seed=None).eval()
-    fill(network, "", read)
-    return network
 
 
 def difference(got: Tensor, expected: Tensor) -> float:

@@ -1,16 +1,13 @@
 """A folder that transformers loads: `AutoModelForImageClassification.from_pretrained(FOLDER)`."""
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
-from vitscale.model.interop import View, described, exported
 from vitscale.pipeline.formats.check import read_back
-from vitscale.pipeline.tensor_file import write_safetensors
+from vitscale.pipeline.formats.others import write_layout
 from vitscale.pipeline.weights import Trained
 
 LOADING = """from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -22,12 +19,7 @@ logits = model(**processor(image, return_tensors="pt")).logits"""
 
 def write(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
     """Write weights, configuration and image processor. Raises `UserError` if no model of transformers is like it."""
-    view = View(trained.preprocess.crop, trained.preprocess.mean, trained.preprocess.std)
-    files = described("hugging_face", trained.model, trained.classes, view)
-    theirs = exported("hugging_face", trained.model, trained.open())
-    write_safetensors(folder / "model.safetensors", theirs.shapes, theirs.read, dtype, {"format": "pt"})
-    for name, content in files.items():
-        publish_text(folder / name, json.dumps(content, indent=1))
+    write_layout("hugging_face", trained, folder, dtype)
 
 
 @torch.inference_mode()

@@ -7,10 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vitscale.data_prep.publish import publish_text
-from vitscale.model.interop import View, described, exported
 from vitscale.pipeline.formats.check import read_back
-from vitscale.pipeline.tensor_file import write_safetensors
+from vitscale.pipeline.formats.others import write_layout
 from vitscale.pipeline.weights import Trained
 
 LOADING = """import timm
@@ -22,12 +20,7 @@ images = timm.data.create_transform(**settings)(picture)[None]"""
 
 def write(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
     """Write weights and pretrained configuration. Raises `UserError` if no architecture of timm is like it."""
-    view = View(trained.preprocess.crop, trained.preprocess.mean, trained.preprocess.std)
-    files = described("timm", trained.model, trained.classes, view)
-    theirs = exported("timm", trained.model, trained.open())
-    write_safetensors(folder / "model.safetensors", theirs.shapes, theirs.read, dtype, {"format": "pt"})
-    for name, content in files.items():
-        publish_text(folder / name, json.dumps(content, indent=1))
+    write_layout("timm", trained, folder, dtype)
 
 
 @torch.inference_mode()
