@@ -15,7 +15,8 @@ from vitscale.launch.chain_training import KINDS
 from vitscale.launch.grid import GridKind
 from vitscale.launch.slurm import SlurmConfig
 from vitscale.launch.slurm_submit import SlurmSettings
-from vitscale.pipeline.config import compose_overrides, require
+from vitscale.pipeline.config import require
+from vitscale.pipeline.recipe import compose_overrides
 
 ALL_KINDS: dict[str, type[Kind]] = {**KINDS, "grid": GridKind}
 TOP = ("logs", "slurm", "stages")

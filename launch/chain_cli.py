@@ -1,4 +1,4 @@
-"""The commands of chains: `vitscale launch chain`, `shard`, `grid`, `status`, `cancel`, and `step`, which jobs run."""
+"""The commands of chains: `vitscale launch chain`, `shard` and `grid`, `cancel`, and `step`, which jobs run."""
 
 import sys
 from pathlib import Path
@@ -7,10 +7,9 @@ from typing import Annotated
 import typer
 
 from vitscale.errors import EXIT_INTERNAL, UserError
+from vitscale.launch.options import Debug, DryRun
 from vitscale.launch.stage import stage
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the commands, and stop.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE]...")]
 Where = Annotated[str, typer.Argument(metavar="CHAIN_OR_FOLDER", help="The file of a chain, or its folder of logs.")]
 
@@ -121,16 +120,8 @@ def grid(
     _submit({"logs": logs or f"{kind.folder}/logs", "slurm": slurm, "stages": [{"grid": made}]}, "", dry_run)
 
 
-@stage
-def status(
-    chain_or_folder: Where,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
-    debug: Debug = False,
-) -> None:
-    """How a chain is doing: its stages, their jobs, why they wait or failed, progress, logs.
-
-    Example: `vitscale status digits.yaml`
-    """
+def show_status(chain_or_folder: str, as_json: bool) -> None:
+    """How a chain is doing: its stages, their jobs, why they wait or failed, progress, logs."""
     from vitscale.launch import chain_jobs, chain_status
     from vitscale.pipeline.console import say
 
@@ -190,7 +181,7 @@ def _run(words: list[str]) -> int:
 
 
 def register(launch_app: typer.Typer) -> None:
-    """Add the commands to `vitscale launch`."""
-    for command in (chain, shard, grid, status, cancel):
+    """Add commands to `vitscale launch`."""
+    for command in (chain, shard, grid):
         launch_app.command()(command)
     launch_app.command(hidden=True)(step)

@@ -12,7 +12,8 @@ from vitscale.data_prep.publish import publish_text
 from vitscale.data_prep.shard import STAGES
 from vitscale.errors import UserError
 from vitscale.launch.slurm import SlurmConfig
-from vitscale.pipeline.config import Config, compose_overrides, require
+from vitscale.pipeline.config import Config, require
+from vitscale.pipeline.recipe import compose_overrides
 
 
 @dataclass(frozen=True)

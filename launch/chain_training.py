@@ -8,9 +8,11 @@ from typing import ClassVar
 
 from vitscale.errors import UserError
 from vitscale.launch.chain_stages import Job, Kind, ShardKind, VerifyKind, run_complete
+from vitscale.launch.recipes import RECIPES
 from vitscale.launch.slurm import SlurmConfig
-from vitscale.launch.slurm_submit import RECIPES, prepare
-from vitscale.pipeline.config import Config, load_recipe, require, require_choice
+from vitscale.launch.slurm_submit import prepare
+from vitscale.pipeline.config import Config, require, require_choice
+from vitscale.pipeline.recipe import load_recipe
 
 TRAIN = "train"  # the job of a training stage, which is pretrain.sbatch; all others are step.sbatch
 

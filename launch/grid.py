@@ -17,9 +17,11 @@ import yaml
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
 from vitscale.launch.chain_stages import Job, Kind, run_complete
+from vitscale.launch.recipes import RECIPES
 from vitscale.launch.slurm import SlurmConfig
-from vitscale.launch.slurm_submit import RECIPES, Submission, prepare
-from vitscale.pipeline.config import Config, load_recipe, require
+from vitscale.launch.slurm_submit import Submission, prepare
+from vitscale.pipeline.config import Config, require
+from vitscale.pipeline.recipe import load_recipe
 
 RUNS, TABLE = "runs", "table"  # the jobs of a grid
 RESULTS = "results.json"

@@ -7,15 +7,11 @@ from typing import Annotated
 import typer
 
 from vitscale.errors import UserError
+from vitscale.launch.options import Debug, DryRun, Force, Overrides, Recipe
+from vitscale.launch.recipes import RECIPES
 from vitscale.launch.stage import stage
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-RECIPES = Path(__file__).parent / "recipes"
-
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE]...", help="Settings to change.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and stop.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @stage
@@ -29,9 +25,7 @@ def ssh(
     env: Annotated[
         list[str] | None, typer.Option(help="A variable that hosts get too, besides NCCL_… and such.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Go on from a checkpoint of another recipe, if it fits.")
-    ] = False,
+    force: Force = False,
     data_elsewhere: Annotated[
         bool, typer.Option("--data-elsewhere", help="The data cannot be seen from here: the hosts check it.")
     ] = False,
@@ -44,7 +38,8 @@ def ssh(
     Example: `vitscale launch ssh hosts digits-demo data.train=shards/train run.dir=runs/a`
     """
     from vitscale.launch import ssh as hosts_by_ssh
-    from vitscale.pipeline.config import Config, compose_overrides, load_recipe
+    from vitscale.pipeline.config import Config
+    from vitscale.pipeline.recipe import compose_overrides, load_recipe
 
     hosts = hosts_by_ssh.read_hostfile(hostfile)
     words = overrides or []
@@ -93,7 +88,7 @@ def kubeflow(
     --image vitscale:1 --volume data:/data --dry-run`
     """
     from vitscale.launch.kubeflow import Job, manifest
-    from vitscale.pipeline.config import load_recipe
+    from vitscale.pipeline.recipe import load_recipe
 
     config = load_recipe(recipe, overrides or [], RECIPES)
     job = Job(

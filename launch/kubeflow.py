@@ -13,7 +13,8 @@ import yaml
 
 from vitscale.errors import UserError
 from vitscale.launch.node import HOSTS, written
-from vitscale.pipeline.config import Config, require, to_yaml
+from vitscale.pipeline.config import Config, require
+from vitscale.pipeline.recipe import to_yaml
 
 PORT = 23456  # what the operator calls pytorchjob-port
 RECIPE = "/etc/vitscale/recipe.yaml"

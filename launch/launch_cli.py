@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from vitscale.launch import chain_cli, hosts_cli
+from vitscale.launch.options import Debug, Recipe
 from vitscale.launch.stage import stage
 
 launch_app = typer.Typer(no_args_is_help=True, help="Runs on a cluster: Slurm, hosts by ssh, Kubeflow.")
@@ -31,7 +32,7 @@ class SlurmCommand(TyperCommand):
 @launch_app.command(cls=SlurmCommand)
 @stage
 def slurm(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")],
+    recipe: Recipe,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SETTING=VALUE]...", help="Settings of the recipe, and slurm.…")
     ] = None,
@@ -39,7 +40,7 @@ def slurm(
     data_elsewhere: Annotated[
         bool, typer.Option("--data-elsewhere", help="The data cannot be seen from here: the nodes check it.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Train on the nodes of a Slurm cluster; requeued after its time limit, preemption and lost nodes, it goes on.
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
+from vitscale.launch.recipes import RECIPES
 from vitscale.launch.slurm import Partition, SlurmConfig, minutes, shown, submission
-from vitscale.pipeline.config import Config, compose_overrides, load_recipe, require_choice
+from vitscale.pipeline.config import Config, require_choice
+from vitscale.pipeline.recipe import compose_overrides, load_recipe
 
 SCRIPT = Path(__file__).with_name("pretrain.sbatch")
-RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)

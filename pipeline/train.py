@@ -18,7 +18,7 @@ from vitscale.errors import Requeue, UserError
 from vitscale.model.build import build_network, initial_rules
 from vitscale.model.initial import initial_weight
 from vitscale.pipeline import checkpoint, incidents, micro_batch
-from vitscale.pipeline.config import to_dict, to_yaml
+from vitscale.pipeline.config import to_dict
 from vitscale.pipeline.console import OUT, progress, say
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.device_augment import DeviceAugment
@@ -41,6 +41,7 @@ from vitscale.pipeline.mirror import drop, shown
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.planner import Plan, find_resume, recipe_hash
 from vitscale.pipeline.profiler import Profiler
+from vitscale.pipeline.recipe import to_yaml
 from vitscale.pipeline.run_folder import run_lock, versions, write_environment, writing
 from vitscale.pipeline.saver import Saver
 from vitscale.pipeline.schedule import lr_factor

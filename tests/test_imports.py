@@ -15,7 +15,7 @@ MAY_IMPORT = {  # besides its own folder and vitscale.errors
     "pipeline": {"model", "data_prep"},
     "launch": {"pipeline", "model", "data_prep"},
 }
-SOLE_OWNERS = {"deepspeed": "pipeline/engine.py", "omegaconf": "pipeline/config.py"}
+SOLE_OWNERS = {"deepspeed": "pipeline/engine.py", "omegaconf": "pipeline/recipe.py"}
 
 
 def imports(path: Path) -> Iterator[str]:

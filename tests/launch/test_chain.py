@@ -77,7 +77,7 @@ def output(logs: Path) -> str:
 
 
 def states(launch: Launch, where: Path | str) -> dict[str, tuple[str, str]]:
-    """State and reason of each stage, as `vitscale launch status --json` tells."""
+    """State and reason of each stage, as `vitscale status --json` tells."""
     told = json.loads(launch("status", where, "--json").stdout)
     return {stage["name"]: (stage["state"], stage["reason"]) for stage in told["stages"]}
 

@@ -18,7 +18,8 @@ import yaml
 from vitscale.errors import UserError
 from vitscale.launch.kubeflow import Job, manifest
 from vitscale.launch.node import for_operator
-from vitscale.pipeline.config import Config, load_recipe
+from vitscale.pipeline.config import Config
+from vitscale.pipeline.recipe import load_recipe
 
 SHIPPED = Path(__file__).parents[2] / "launch" / "recipes"
 Command = Callable[..., subprocess.CompletedProcess[str]]

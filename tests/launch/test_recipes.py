@@ -12,11 +12,11 @@ from vitscale.errors import UserError
 from vitscale.model.build import build_network
 from vitscale.model.config import ViTConfig
 from vitscale.pipeline.activations import Batch, bytes_an_image
-from vitscale.pipeline.config import load_recipe
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.estimate import Estimate, Form, data_size, estimate, image_bytes
 from vitscale.pipeline.metrics import read_metrics
 from vitscale.pipeline.objectives.supervised import Supervised
+from vitscale.pipeline.recipe import load_recipe
 
 SHIPPED = Path(__file__).parents[2] / "launch" / "recipes"
 DATA = {"i21k": (14_197_122, 21_843), "i1k": (1_281_167, 1000), "deit3": (1_281_167, 1000)}  # images, classes

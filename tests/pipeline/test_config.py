@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitscale.errors import UserError
-from vitscale.pipeline.config import Config, load_recipe, to_yaml
+from vitscale.pipeline.config import Config
+from vitscale.pipeline.recipe import load_recipe, to_yaml
 
 SHIPPED = Path(__file__).parents[2] / "launch" / "recipes"
 GOLDEN = Path(__file__).parents[1] / "golden" / "recipes"

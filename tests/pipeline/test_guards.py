@@ -16,14 +16,14 @@ import torch
 
 from tests.pipeline.runs import TINY, command, losses, same_weights, wait_for, words
 from vitscale.errors import UserError
-from vitscale.launch.cli import RECIPES
+from vitscale.launch.recipes import RECIPES
 from vitscale.pipeline import checkpoint, train
-from vitscale.pipeline.config import load_recipe
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.engine import Step
 from vitscale.pipeline.metrics import read_metrics
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.planner import plan
+from vitscale.pipeline.recipe import load_recipe
 
 QUICK = ("eval.every=0", "data.workers=0")
 

@@ -11,16 +11,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.pipeline.runs import TINY, command, losses
 from vitscale.errors import UserError
-from vitscale.launch.cli import RECIPES
+from vitscale.launch.recipes import RECIPES
 from vitscale.pipeline import micro_batch, planner
 from vitscale.pipeline import train as training
 from vitscale.pipeline.activations import taken
-from vitscale.pipeline.config import load_recipe
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.micro_batch import Room
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.placement import Placement, States
 from vitscale.pipeline.planner import Plan
+from vitscale.pipeline.recipe import load_recipe
 from vitscale.pipeline.train import make_objective
 
 

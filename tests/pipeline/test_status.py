@@ -15,7 +15,8 @@ import pytest
 
 from vitscale.errors import UserError
 from vitscale.pipeline import status as module
-from vitscale.pipeline.config import Config, DataConfig, TrainConfig, to_yaml
+from vitscale.pipeline.config import Config, DataConfig, TrainConfig
+from vitscale.pipeline.recipe import to_yaml
 from vitscale.pipeline.status import lines, lock_holder, read_status
 
 HOLD = """

@@ -1,0 +1,160 @@
+"""The commands of trained networks: `vitscale evaluate`, `predict` and `export`; and `models`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitscale.errors import UserError
+from vitscale.launch.options import Debug, Nproc, Weights
+from vitscale.launch.stage import run_ranks, stage
+
+
+@stage
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A run, a checkpoint or an export.")],
+    dataset: Annotated[str, typer.Argument(help="Folder that `vitscale shard` wrote.")],
+    out: Annotated[str, typer.Option(help="File of results; '' chooses one in the run's folder.")] = "",
+    micro_batch: Annotated[int, typer.Option(min=1, help="Images of one forward on each rank.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes of each rank.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    weights: Weights = "auto",
+    suite: Annotated[
+        str,
+        typer.Option(help="More: knn, fewshot, linear, calibration, real=FILE, corruptions, robustness."),
+    ] = "",
+    train: Annotated[str, typer.Option(help="Dataset of training features, for knn, fewshot and linear.")] = "",
+    nproc: Nproc = 1,
+    debug: Debug = False,
+) -> None:
+    """Top-1, top-5 and confusion matrix on a dataset, each image counted once; with --suite more.
+
+    Example: `vitscale evaluate runs/a shards/test`
+    """
+    from vitscale.pipeline.config import require_choice
+    from vitscale.pipeline.console import say
+    from vitscale.pipeline.data.loader import LoaderSettings
+    from vitscale.pipeline.evaluation import stage as evaluation
+    from vitscale.pipeline.evaluation import suite_results
+    from vitscale.pipeline.mirror import shown
+
+    def work(world: Any) -> None:
+        if suite:
+            settings = LoaderSettings(micro_batch, workers)
+            suite_results.evaluate(checkpoint, dataset, suite, train, weights, out, settings, world)
+            return
+        trained, store = evaluation.check_alike(checkpoint, dataset, weights)
+        path = Path(out) if out else evaluation.results_path(trained, store)
+        results = evaluation.evaluate(trained, store, LoaderSettings(micro_batch, workers), world)
+        if world.main:
+            for note in trained.notes:
+                say(note)
+            evaluation.write_results(results, path)
+            names = {"top1": "top-1", "top5": "top-5", "map": "mean average precision"}
+            shares = [f"{said} {results[name]:.2%}" for name, said in names.items() if results.get(name) is not None]
+            say(f"{shown(trained.path)} on {dataset}: {'  '.join(shares)}")
+            for line in evaluation.confusion_lines(results):
+                say(line)
+            say(f"{results['images']:,} images; all of this in {shown(path)}")
+
+    def check() -> None:
+        if suite:
+            suite_results.check(checkpoint, dataset, suite, train, weights)
+        else:
+            evaluation.check(checkpoint, dataset, weights)
+
+    require_choice("--device", device, ("auto", "cpu", "cuda"))
+    require_choice("--weights", weights, ("auto", "raw", "ema"))
+    if train and not suite:
+        raise UserError("--train", train, "nothing without --suite", "Add --suite knn, or leave it out.")
+    run_ranks(work, check, nproc, device, "--device")
+
+
+@stage
+def predict(
+    trained: Annotated[str, typer.Argument(metavar="EXPORT", help="An export; a run or a checkpoint will do.")],
+    files: Annotated[list[str], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 3,
+    debug: Debug = False,
+) -> None:
+    """Class names and probabilities of image files.
+
+    Example: `vitscale predict exported cat.jpg dog.png`
+    """
+    from vitscale.pipeline.console import say
+    from vitscale.pipeline.inference import Classifier
+    from vitscale.pipeline.weights import open_trained
+
+    found = open_trained(trained, "EXPORT")
+    for note in found.notes:
+        say(note)
+    classifier = Classifier(found)
+    for file, prediction in zip(files, classifier.predict(files, top), strict=True):
+        rows = zip(prediction.classes, prediction.probabilities, strict=True)
+        say(f"{file}: " + "  ".join(f"{name} {probability:.1%}" for name, probability in rows))
+
+
+@stage
+def export(
+    source: Annotated[str, typer.Argument(help="A run, or one of its checkpoints.")],
+    out: Annotated[str, typer.Argument(help="New folder for the export.")],
+    formats: Annotated[
+        str, typer.Option("--format", help="safetensors, hf, timm, onnx, pt2; several with commas between.")
+    ] = "safetensors",
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="onnx and pt2: images of any size that consists of whole patches.")
+    ] = False,
+    licence: Annotated[str, typer.Option(help="Stated in the model card, such as apache-2.0.")] = "",
+    weights: Weights = "auto",
+    debug: Debug = False,
+) -> None:
+    """Write the network in formats that others read, each read back and compared before it appears.
+
+    Example: `vitscale export runs/a exported --format safetensors,hf,timm`
+    """
+    from vitscale.pipeline.config import require_choice
+    from vitscale.pipeline.console import say
+    from vitscale.pipeline.export import export as run
+
+    require_choice("--weights", weights, ("auto", "raw", "ema"))
+    chosen = [name.strip() for name in formats.split(",")]
+    exported = run(source, out, chosen, weights=weights, dtype=dtype, dynamic_size=dynamic_size, licence=licence)
+    for note in exported[0].notes:
+        say(note)
+    for made in exported:
+        checked = f"largest difference of logits from {source}, read by {made.reader}: {made.difference:.1e}"
+        say(f"{made.folder}: {', '.join(made.files)}; {checked}")
+
+
+@stage
+def models(
+    containing: Annotated[str, typer.Argument(metavar="[PART]", help="Only names with this in them.")] = "",
+    sizes: Annotated[bool, typer.Option("--sizes", help="Parameters and multiply-adds for 1,000 classes.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Names for `model.name`; other sides of images and patches follow the same patterns.
+
+    Example: `vitscale models large --sizes`
+    """
+    from vitscale.model.registry import ModelConfig, list_models
+    from vitscale.pipeline.console import say
+
+    names = [name for name in list_models() if containing in name]
+    if not names:
+        raise UserError("PART", repr(containing), "a part of a name", "`vitscale models` lists all of them.")
+    if not sizes:
+        say("\n".join(names))
+        return
+    from vitscale.model.flops import forward_macs, parameters
+
+    for name in names:
+        config = ModelConfig(name).resolve(num_classes=1000)
+        macs, count = forward_macs(config) / 1e9, parameters(config) / 1e6
+        say(f"{name:36} {count:9.2f} M parameters  {macs:9.2f} G multiply-adds  {config.summary}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `vitscale`."""
+    for command in (evaluate, predict, export, models):
+        app.command()(command)

@@ -1,0 +1,13 @@
+"""Arguments and options that several commands have."""
+
+from typing import Annotated
+
+import typer
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and stop.")]
+Nproc = Annotated[int, typer.Option("--nproc", help="Processes on this machine; ignored under torchrun or srun.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE]...", help="Settings to change.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on from a checkpoint of another recipe, if it fits.")]
+Weights = Annotated[str, typer.Option(help="raw, ema (their Polyak average), or auto: the average if there is one.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]

@@ -1,0 +1,113 @@
+"""Recipes: YAML files and dotted overrides, composed into settings. The sole omegaconf import."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vitscale.errors import UserError
+from vitscale.pipeline.config import Config, flatten, to_dict
+
+T = TypeVar("T")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved recipe: every setting, itself a valid recipe."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def load_recipe(recipe: str, overrides: list[str], shipped: Path) -> Config:
+    """Compose a recipe (a file, or the name of one in the folder `shipped`) with overrides such as `optim.lr=1e-3`.
+
+    Raises `UserError` for a recipe that is not there, a key that is unknown (with the nearest right one) and a value
+    that cannot be.
+    """
+    layers = _recipe_layers(recipe, shipped, seen=())
+    return compose(Config, [*layers, _parse_overrides(overrides)])
+
+
+def compose(schema: type[T], layers: list[DictConfig]) -> T:
+    """Merge `layers` over the defaults of the dataclass `schema`, the last one winning, and validate."""
+    known = flatten(to_dict(schema()))
+    try:
+        merged = OmegaConf.structured(schema)
+        for layer in layers:
+            _check_keys(OmegaConf.to_container(layer), known)
+            merged = OmegaConf.merge(merged, layer)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        message = str(error.msg or error).splitlines()[0]
+        raise UserError(
+            str(error.full_key or "recipe"), message, "a value of the setting's type",
+            "`vitscale recipe show base` prints every setting with its default.",
+        ) from error  # fmt: skip
+
+
+def compose_overrides(schema: type[T], overrides: list[str]) -> T:
+    """A config dataclass from dotted overrides alone (stages without a recipe)."""
+    return compose(schema, [_parse_overrides(overrides)])
+
+
+def _check_keys(layer: Any, known: dict[str, Any]) -> None:
+    sections = {key.rsplit(".", i)[0] for key in known for i in range(1, key.count(".") + 1)}
+    free = {key for key, value in known.items() if isinstance(value, dict)}  # passed through as they are
+    for key, value in flatten(layer).items():
+        if key in known or any(key.startswith(f"{name}.") for name in free):
+            continue
+        if key in sections:
+            raise UserError(key, repr(value), "a section with settings", f"Write {key}.SETTING=VALUE.")
+        leaf_of = [name for name in known if name.endswith("." + key.rsplit(".", 1)[-1])]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or leaf_of[:1]
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            key, "a setting that does not exist", "a known setting", f"{hint}`vitscale recipe show base` lists them."
+        )
+
+
+def _parse_overrides(overrides: list[str]) -> DictConfig:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError(
+                "override", repr(override), "SETTING=VALUE, such as optim.lr=1e-3", "Write it without spaces."
+            )
+    try:
+        return OmegaConf.from_dotlist(overrides)
+    except (YAMLError, OmegaConfBaseException) as error:
+        message = " ".join(str(error).split())
+        raise UserError("override", message, "SETTING=VALUE with a YAML value", "Quote special characters.") from error
+
+
+def _recipe_layers(recipe: str, shipped: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
+    """The chain of `base:` recipes, the deepest first."""
+    path = _find_recipe(recipe, shipped, seen)
+    if path in seen:
+        chain = " → ".join(p.stem for p in (*seen, path))
+        raise UserError("base", chain, "a chain of recipes that ends", "Take one `base:` out.")
+    try:
+        layer = OmegaConf.load(io.StringIO(path.read_text()))
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            "RECIPE", f"{path}: {' '.join(str(error).split())}", "a YAML file", "Mend that line."
+        ) from error
+    if not isinstance(layer, DictConfig):
+        raise UserError("RECIPE", str(path), "a YAML file of sections such as `model:`", "See `vitscale recipe show`.")
+    base = layer.pop("base", None)
+    return [*(_recipe_layers(str(base), shipped, (*seen, path)) if base else []), layer]
+
+
+def _find_recipe(recipe: str, shipped: Path, seen: tuple[Path, ...]) -> Path:
+    beside = [seen[-1].parent / recipe, seen[-1].parent / f"{recipe}.yaml"] if seen else []
+    for path in (*beside, Path(recipe), shipped / f"{recipe}.yaml"):
+        if path.is_file():
+            return path.resolve()
+    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    near = difflib.get_close_matches(recipe, names, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "Give the path of a YAML file, or one of these names."
+    raise UserError("RECIPE", repr(recipe), f"a file, or one of {', '.join(names)}", hint)
