@@ -31,7 +31,6 @@ from vitscale.launch.slurm import partitions, shown, submission
 from vitscale.pipeline.config import Config, RunConfig, require
 
 STEP = Path(__file__).with_name("step.sbatch")
-GRID = Path(__file__).with_name("grid.sbatch")
 SKIP = 'if "$command" launch step {} --check; then exit 0; fi'  # for pretrain.sbatch's `slurm.setup`
 
 
@@ -152,9 +151,9 @@ def prepare_job(logs: Path, stage: Stage, job: Job) -> tuple[Path, list[str], li
     if isinstance(stage.kind, GridKind) and job.what == RUNS:
         numbers = ",".join(map(str, stage.kind.missing()))
         more.append(f"--array={numbers}{f'%{stage.kind.at_once}' if stage.kind.at_once else ''}")
-        words = [str(logs / f"{stage.name}.words"), str(slurm_submit.SCRIPT)]
+        words = [f"slurm.words={logs / f'{stage.name}.words'}"]
         options = stage.kind.prepare_run(stage.kind.runs[0], list(stage.slurm_words)).options
-        return GRID, words, [*options, *more, f"--output={log}"], log
+        return slurm_submit.SCRIPT, words, [*options, *more, f"--output={log}"], log
     if isinstance(stage.kind, GridKind):
         slurm = replace(slurm, nodes=1, gpus_per_node=0, gpu_type="", tasks_per_node=0, cpus_per_task=1)
     slurm = replace(slurm, cpus_per_task=slurm.cpus_per_task or 1 + getattr(stage.kind, "workers", 0))

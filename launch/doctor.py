@@ -17,8 +17,9 @@ from typing import NoReturn
 import torch
 from torch.distributed import PrefixStore
 
-from vitscale.errors import UserError, report_failure
+from vitscale.errors import EXIT_UNFIT, UserError, report_failure
 from vitscale.launch.meeting import Meeting, absent, expected_hosts, meet
+from vitscale.launch.slurm_rank import LOGS
 from vitscale.pipeline import vitals
 from vitscale.pipeline.config import Config
 from vitscale.pipeline.console import count, say
@@ -30,7 +31,10 @@ NOTHING = "–"
 
 
 def examine(config: Config, wait: float, as_json: bool) -> NoReturn:
-    """What the command does on each rank; rank 0 tells, and ends with exit code 1 if anything is bad."""
+    """What the command does on each rank; rank 0 tells, and ends with exit code 1 if anything is bad.
+
+    Before the training of a Slurm job it ends with `EXIT_UNFIT`, and not for nodes that are merely slow.
+    """
     here = meet(wait)
     here.tell(f"here/{here.rank}", here.host)
     if here.rank:
@@ -75,6 +79,7 @@ def _preside(here: Meeting, config: Config, as_json: bool) -> NoReturn:
             bad.append(
                 f"node {host}, rank {rank}: no report within {here.wait:g} s; last at: {here.hear(f'at/{rank}', 1)}"
             )
+    grave = bad + verdict(reports, slow=False)
     bad += verdict(reports)
     here.tell("done", True)
     if as_json:
@@ -84,6 +89,10 @@ def _preside(here: Meeting, config: Config, as_json: bool) -> NoReturn:
     if here.size > 1:
         here.tell("bye/0", True)
         here.told("bye", 5.0, [report.rank for report in reports])  # the store may end with this process
+    if LOGS in os.environ:
+        if grave:
+            report_failure(f"error: {'; '.join(grave)}. slurm.doctor=false trains all the same.")
+        end(EXIT_UNFIT if grave else 0)
     if bad:
         report_failure(f"doctor: {count(len(bad), 'finding')}", cause=True)
     end(1 if bad else 0)

@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -33,7 +33,8 @@ class SlurmConfig:
     `modules` are loaded, and `setup`, a line of bash, is run before the ranks are started. `container`: an image for
     `container_runtime`, pyxis or apptainer, with `mounts` (`/data` or `/data:/data`). `command`: the vitscale of the
     nodes; by default the one that submits, in a container that on its PATH. `logs`: a folder; by default `logs` in
-    run.dir. `exclude_failed`: do not go on on a node whose rank was killed or hung. `options`: more options of sbatch.
+    run.dir. `exclude_failed`: do not go on on a node whose rank was killed or hung, or that
+    the check before training finds unfit; `doctor=false` leaves that out. `options`: more options of sbatch.
     """
 
     nodes: Any = 1
@@ -53,6 +54,7 @@ class SlurmConfig:
     stage: str = "pretrain"
     requeue: bool = True
     exclude_failed: bool = False
+    doctor: bool = True
     modules: list[str] = field(default_factory=list)
     setup: str = ""
     container: str = ""
@@ -104,17 +106,6 @@ class SlurmConfig:
 
 
 @dataclass(frozen=True)
-class JobState:
-    """A job as Slurm tells of it: `PENDING`, `RUNNING`, `COMPLETED`, …, and why; how often it was started again."""
-
-    job: int
-    state: str
-    reason: str
-    nodes: str
-    restarts: int
-
-
-@dataclass(frozen=True)
 class Partition:
     """A partition: its nodes that are not down, what a job may take of them, and the most that one node has."""
 
@@ -139,21 +130,6 @@ def submission(script: Path, arguments: list[str], options: list[str], dependenc
     """The words of the command that `submit` runs."""
     after = [f"--dependency={dependency}"] if dependency else []
     return ["sbatch", "--parsable", *after, *options, str(script), *arguments]
-
-
-def states(job_ids: Iterable[int]) -> dict[int, JobState]:
-    """Where jobs stand. Jobs that Slurm has forgotten, minutes after their end, are left out. Raises `UserError`."""
-    wanted = set(job_ids)
-    if not wanted:
-        return {}
-    fields = "JobID:40,State:40,Reason:80,NodeList:400,RestartCnt:20"
-    rows = client(["squeue", "--noheader", "--states=all", f"--Format={fields}"], "slurm")
-    found = {}
-    for row in rows.splitlines():
-        job, state, reason, nodes, restarts = (row[a:b].strip() for a, b in _columns(40, 40, 80, 400, 20))
-        if job.isdigit() and int(job) in wanted:
-            found[int(job)] = JobState(int(job), state, reason, nodes, int(restarts or 0))
-    return found
 
 
 def partitions() -> dict[str, Partition]:
@@ -217,11 +193,6 @@ def minutes(text: str, setting: str) -> float:
 def shown(words: list[str]) -> str:
     """A command as one would type it."""
     return shlex.join(words)
-
-
-def _columns(*widths: int) -> list[tuple[int, int]]:
-    ends = [sum(widths[: place + 1]) for place in range(len(widths))]
-    return list(zip([0, *ends], ends, strict=False))
 
 
 def _pairs(row: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitscale.data_prep.publish import publish_text
-from vitscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_INTERNAL, EXIT_REQUEUE, EXIT_USER
+from vitscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_INTERNAL, EXIT_REQUEUE, EXIT_UNFIT, EXIT_USER
 from vitscale.launch.slurm_rank import failure_file
 
 TRIES = 3  # attempts in a row that fail without a new checkpoint, then it stops
@@ -21,6 +21,7 @@ SOON = 2.0  # seconds in which a rank that was killed may be told of after those
 STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}) (.*)", re.DOTALL)
 ENDED = re.compile(r"srun: error: (?P<node>[^:\s]+): tasks? (?P<rank>\d+)[^:]*: (?P<how>.+)")
 LOST = re.compile(r"srun: error: Node failure on (\S+)")
+UNFIT = re.compile(r"error: node ([^\s:,]+)")
 PEER = re.compile(r"connection (closed|reset)|DistBackendError|DistNetworkError|gloo|NCCL", re.IGNORECASE)
 FOLLOWS = ("Terminated", "Aborted")  # signals that a rank gets, or gives itself, when another one is lost
 NOTICE = ("Terminated", "User defined signal 1")
@@ -120,9 +121,9 @@ def first_failure(folder: Path, code: int, asked: bool) -> Ending:
         text = f"error: a rank or its node was lost, as rank {rank} on {node} noticed: {next(iter(texts.values()))}"
         return Ending(128 + signal.SIGKILL, text, "")
     text = own.get(rank) or next(iter(own.values()), "") or texts.get(rank) or _last_line(folder, rank)
-    return Ending(
-        ended, text or f"error: rank {rank} on {node} ended: {first['how']}", node if ended == EXIT_HUNG else ""
-    )
+    text = text or f"error: rank {rank} on {node} ended: {first['how']}"
+    unfit = UNFIT.match(text) if ended == EXIT_UNFIT else None
+    return Ending(ended, text, unfit[1] if unfit else node if ended == EXIT_HUNG else "")
 
 
 def merge(folder: Path) -> Path:

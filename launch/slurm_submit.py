@@ -96,7 +96,8 @@ def arguments(slurm: SlurmConfig) -> list[str]:
     words += [f"slurm.module={module}" for module in slurm.modules]
     words += [f"slurm.setup={slurm.setup}"] if slurm.setup else []
     words += [f"slurm.command={command}"] if command else []
-    return words + (["slurm.exclude_failed=true"] if slurm.exclude_failed else [])
+    words += ["slurm.exclude_failed=true"] if slurm.exclude_failed else []
+    return words + ([] if slurm.doctor else ["slurm.doctor=false"])
 
 
 def check_fits(slurm: SlurmConfig, found: dict[str, Partition]) -> None:

@@ -163,8 +163,9 @@ def report(
 
 @stage
 def doctor(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SETTING=VALUE]...", help="data.train, run.dir and engine.device.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [SETTING=VALUE]...", help="data.train, run.dir and engine.device count."),
     ] = None,
     nproc: Nproc = 1,
     timeout: Annotated[
@@ -180,10 +181,10 @@ def doctor(
     import os
 
     from vitscale.launch.local import LAUNCHER, check_processes, launch, under_launcher
-    from vitscale.pipeline.config import Config
-    from vitscale.pipeline.recipe import compose_overrides
+    from vitscale.pipeline.recipe import load_recipe
 
-    config = compose_overrides(Config, overrides or [])
+    named = bool(words) and "=" not in words[0]
+    config = load_recipe(words[0] if named else "base", words[named:] if words else [], RECIPES)
     if not under_launcher():
         check_processes(nproc, config.engine.device, "engine.device")
         if nproc > 1:

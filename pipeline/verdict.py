@@ -47,11 +47,11 @@ class _Oddity(NamedTuple):
     report: Report
 
 
-def verdict(reports: list[Report]) -> list[str]:
+def verdict(reports: list[Report], slow: bool = True) -> list[str]:
     """One line for each node about which something is odd, and for each version on which nodes divide evenly.
 
     `node gpu07: matrix product 2.1 times the median`, `node gpu03: torch 2.10.0, others 2.11.0`. Ranks are named where
-    it is not all of a node's. Empty if all is well.
+    it is not all of a node's. Empty if all is well; without `slow` it is, too, if nodes are merely slower than others.
     """
     lines, found = [], []
     for name in sorted({name for report in reports for name in report.versions}):
@@ -61,7 +61,7 @@ def verdict(reports: list[Report]) -> list[str]:
     odd, divided = _unlike(reports, "", {report.rank: report.hardware for report in reports})
     found += odd
     lines += divided
-    for find in (_failures, _used, _full, _skewed, _slow):
+    for find in (_failures, _used, _full, _skewed, *([_slow] if slow else [])):
         found += find(reports)
     return lines + _by_node(reports, found)
 

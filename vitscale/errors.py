@@ -14,6 +14,7 @@ EXIT_INTERNAL = 1  # an error of ours, or a rank that was killed
 EXIT_USER = 2  # a `UserError`; also what click gives a command that it cannot read
 EXIT_REQUEUE = 75  # sysexits.h EX_TEMPFAIL: saved after a signal; the same command, started again, goes on
 EXIT_HUNG = 76  # no step for too long; the same command, started again, goes on from the last checkpoint
+EXIT_UNFIT = 77  # the nodes of a job are not fit for it; the same job, on others, may go on
 EXIT_INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT, as shells have it
 
 FAILURE_FILE = "VITSCALE_FAILURE_FILE"  # environment: where a rank tells its launcher why it fails
