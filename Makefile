@@ -11,7 +11,7 @@ demo-clean:
 	rm -rf demo
 
 test: lint .venv/peers
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 8 --dist loadgroup
 
 test-slow: .venv/test .venv/peers
 	$(BIN)/pytest -m slow

@@ -22,6 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: threads of seve
 RANK = Path(__file__).with_name("rank.py")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process does all tests of a file, which share fixtures, and one all that share the Slurm cluster."""
+    for item in items:
+        slurm = "slurm" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else str(item.path)))
+
+
 @dataclass(frozen=True)
 class Digits:
     """Folders of scikit-learn's digits: images and shards, training and test."""
