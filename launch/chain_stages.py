@@ -166,12 +166,14 @@ class VerifyKind(Kind):
 
 
 def run_complete(config: Config) -> bool:
-    """Whether a run is at its last step. Raises `UserError` if its folder holds one of another recipe."""
+    """Whether a run is at its last step, or ended early. Raises `UserError` if its folder holds one of another
+    recipe."""
     if "://" not in config.run.dir and not Path(config.run.dir, "checkpoints").exists():
         return False
     from vitscale.pipeline import checkpoint
     from vitscale.pipeline.mirror import working_folder
     from vitscale.pipeline.planner import find_resume
+    from vitscale.pipeline.run_folder import complete
     from vitscale.pipeline.schedule import parse_duration
 
     newest, _ = checkpoint.newest_sound(working_folder(config.run.dir) / "checkpoints")
@@ -180,7 +182,7 @@ def run_complete(config: Config) -> bool:
     state = checkpoint.read_state(newest)
     find_resume(config, state["dataset"]["fingerprint"])
     sizes = {"samples": state["dataset"]["samples"], "global_batch": config.train.global_batch}
-    return state["step"] >= parse_duration(config.train.duration, "train.duration", **sizes)
+    return complete(state, parse_duration(config.train.duration, "train.duration", **sizes), config.eval.patience)
 
 
 def inside(path: str, folder: str) -> bool:

@@ -138,7 +138,7 @@ def restore(reader: "Reader", engine: Engine, steps: int) -> None:
     with torch.no_grad():
         for fragment in engine.fragments():
             for kind, view in fragment.tensors.items():
-                source = "weight" if kind == EMA and not reader.averaged else kind
+                source = reader.source(fragment.name, kind)
                 reader.fill(fragment.name, source, fragment.start, view)
     engine.publish()
 
@@ -175,21 +175,24 @@ class Reader:
         while self._unopened:
             self._open_next()
 
-    @property
-    def averaged(self) -> bool:
-        """Whether it holds a Polyak average of the weights, of which each rank has its part, if it has any."""
-        while self._unopened and not self._ranges:
-            self._open_next()
-        return any(kind == EMA for _, kind in self._ranges)
+    def source(self, name: str, kind: str) -> str:
+        """The kind to read for `kind` of a parameter: of an average that is not kept, as of frozen weights, the weight.
+
+        To be asked once the weight has been read: an average lies in the same files.
+        """
+        return "weight" if kind == EMA and (name, EMA) not in self._ranges else kind
 
     def tensor(self, name: str, kind: str = "weight") -> Tensor:
-        """A whole float32 tensor of a parameter, in its shape. Raises `UserError` if a file is damaged."""
+        """A whole float32 tensor of a parameter, in its shape; of an average that is not kept, the weight.
+
+        Raises `UserError` if a file is damaged.
+        """
         self._open_all()
         shape, held = self.shapes[name], max((part[1] for part in self._ranges.get((name, "weight"), [])), default=0)
         if held != math.prod(shape):
             raise _damaged(self._path / "index.json", f"{name} of shape {shape}", f"the {held} elements held")
         flat = torch.empty(math.prod(shape))
-        self.fill(name, kind, 0, flat)
+        self.fill(name, self.source(name, kind), 0, flat)
         return flat.reshape(self.shapes[name])
 
     def fill(self, name: str, kind: str, start: int, out: Tensor) -> None:

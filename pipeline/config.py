@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,8 @@ class DataConfig:
     `streams` and shuffles within `window` samples of each: so many samples are in use at a time, which bounds what has
     to be held. `cache`: a folder on a local disk for shards out of an object store, up to `cache_gb` GB of them.
     `on_error`: `stop` at a sample that cannot be read, or `skip` to take the next one instead, and count it.
+    `dev`: a share such as `2%` of the training images, always the same ones, that are not trained on: what `val` would
+    be is measured on them, and `val` is not looked at.
     """
 
     train: Any = ""
@@ -70,8 +73,10 @@ class DataConfig:
     on_error: str = "stop"
     cache: str = ""
     cache_gb: float = 100.0
+    dev: str = ""
 
     def __post_init__(self) -> None:
+        _ = self.dev_share
         require(self.workers >= 0, "data.workers", self.workers, "at least 0 processes", "Set it to 2, say.")
         require_choice("data.on_error", self.on_error, ("stop", "skip"))
         for key in ("streams", "window"):
@@ -79,6 +84,18 @@ class DataConfig:
             require(0 < value < 2**40, f"data.{key}", value, "at least 1", "Leave it at its default.")
         require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "a number of GB above 0", "100, say.")
         _ = self.mixture
+
+    @property
+    def dev_share(self) -> float:
+        """The share of the training images that `dev` holds out, 0 for none."""
+        if not self.dev:
+            return 0.0
+        try:
+            share = float(self.dev.removesuffix("%")) / 100 if self.dev.endswith("%") else math.nan
+        except ValueError:
+            share = math.nan
+        require(0 < share < 1, "data.dev", repr(self.dev), "a share such as 2%", "Leave it empty to hold out none.")
+        return share
 
     @property
     def mixture(self) -> list[tuple[str, float]]:
@@ -349,9 +366,56 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """`eval:` – top-1 and top-5 on `data.val` every so often (a duration; `0` only at the end)."""
+    """`eval:` – top-1 and top-5 on `data.val`, or `data.dev`, every so often (a duration; `0` only at the end).
+
+    `patience`: training ends after so many evaluations in a row without a better one, and the best is what is used
+    (0: it never ends early). `suites`: evaluations such as `knn,fewshot` of `vitscale evaluate --suite`, every
+    `suites_every` (a duration; `0` only at the end), on `suites_data` (by default what is evaluated on), with training
+    features from `suites_train` (by default `data.train`).
+    """
 
     every: str = "5ep"
+    patience: int = 0
+    suites: str = ""
+    suites_every: str = "0"
+    suites_data: str = ""
+    suites_train: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.patience >= 0, "eval.patience", self.patience, "at least 0 evaluations", "0 turns it off.")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """`finetune:` – what of the trained network changes. Used with `init_from` alone.
+
+    `weights`: of a run, the last ones (`raw`), their Polyak average (`ema`), or that where there is one (`auto`).
+    `freeze`: so many first blocks, and what makes tokens of images, keep their weights; `all` leaves the head alone to
+    be trained. `lora_rank` above 0 trains, besides the head, products of two matrices of that rank that are added to
+    the matrices of `lora_on`, the `attention` or `all` of each block, times `lora_alpha` / `lora_rank` (Hu et al. 2021,
+    arXiv:2106.09685); exports have them added up.
+    """
+
+    weights: str = "auto"
+    freeze: Any = 0
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_on: str = "attention"
+
+    def __post_init__(self) -> None:
+        require_choice("finetune.weights", self.weights, ("auto", "raw", "ema"))
+        whole = isinstance(self.freeze, int) and not isinstance(self.freeze, bool) and self.freeze >= 0
+        require(self.freeze == "all" or whole, "finetune.freeze", self.freeze, "blocks, or all", "0 trains all.")
+        require(self.lora_rank >= 0, "finetune.lora_rank", self.lora_rank, "at least 0", "Often 8; 0 turns it off.")
+        require(0 < self.lora_alpha < 1e6, "finetune.lora_alpha", self.lora_alpha, "above 0, to 1e6", "Often 16.")
+        require_choice("finetune.lora_on", self.lora_on, ("attention", "all"))
+        require(
+            not (self.lora_rank and self.freeze),
+            "finetune.lora_rank",
+            f"{self.lora_rank} with finetune.freeze {self.freeze}",
+            "one of the two: LoRA keeps all weights of the blocks as they are",
+            "Take one of them out.",
+        )
 
 
 @dataclass(frozen=True)
@@ -372,6 +436,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

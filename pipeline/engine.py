@@ -6,6 +6,9 @@ normalised by the size of the global batch, whatever the number of ranks, micro 
 At stages 1 to 3 the optimizer steps flat float32 tensors, each of which holds this rank's ranges of some parameters; at
 stage 0 the parameters themselves. Whatever is kept for each weight (moments, the Polyak average) lies in tensors of the
 same form, so that all of it is named ranges: `fragments`.
+
+Parameters that are built not to require a gradient are frozen: they have neither gradients nor states nor an average,
+and in 16 bits no float32 master. Before stage 3 every rank holds all of them, at stage 3 its partition.
 """
 
 import logging
@@ -37,10 +40,11 @@ SWAPPED = 1 << 26  # elements that change places at a time
 
 @dataclass(frozen=True)
 class Fragment:
-    """A range of a named parameter, flattened, that this rank holds in float32.
+    """A range of a named parameter, flattened, that this rank holds.
 
-    `tensors` are 1-D views of the engine's own memory: `weight`, the optimizer's state and `ema`. Reading them saves,
-    writing into them restores.
+    `tensors` are 1-D views of the engine's own memory, `weight` first: then, of what is trained, the optimizer's state
+    and `ema`, all in float32; a frozen weight is in the type that the network computes with, and is all there is.
+    Reading them saves, in float32, and writing into them restores.
     """
 
     name: str
@@ -98,13 +102,17 @@ class Engine:
             skeleton = build()
         self.shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
         self.parameters = sum(map(math.prod, self.shapes.values()))
+        frozen = {name for name, p in skeleton.named_parameters() if not p.requires_grad}
         _, self.placement = model_states(skeleton, config, optim, world)
         settings = deepspeed_config(config, optim, accumulation, self.placement)
         with deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else world.device:
             objective = build()
         if self.stage == 3:  # a block's weights are gathered at once, outside of its graph, and not again to recompute
-            kinds = {type(module) for module in objective.modules() if isinstance(module, Block)}
-            deepspeed.utils.set_z3_leaf_modules(objective, list(kinds))
+            blocks = [module for module in objective.modules() if isinstance(module, Block)]
+            deepspeed.utils.set_z3_leaf_modules(objective, list({type(block) for block in blocks}))
+            for block in blocks:
+                if frozen and any(p.requires_grad for p in block.parameters()):
+                    block.register_forward_pre_hook(_with_gradient, prepend=True)
         if config.compile:
             compile_blocks(objective.model)
         self._deepspeed, self.optimizer, *_ = deepspeed.initialize(
@@ -120,6 +128,7 @@ class Engine:
         if self._fp16:
             self.optimizer.loss_scaler.raise_error_at_min_scale = False  # such a step is refused, as others are
         self._flats = list(self._find_flats())
+        self._frozen = [(name, p) for name, p in self._deepspeed.module.named_parameters() if name in frozen]
         if isinstance(self._inner, Lamb) and self.stage:
             for flat, segments, count in self._flats:
                 self._inner.place(flat, [(part.index, part.offset, part.count) for part in segments], count)
@@ -274,9 +283,10 @@ class Engine:
     @torch.no_grad()
     def weight_norm(self) -> float:
         """Norm of all weights. All ranks call it."""
-        flats = [flat for flat, *_ in self._flats]
-        squares = torch.stack(torch._foreach_norm(flats)).square().sum().double()
-        return float((sum_over_ranks(squares) if self.stage else squares).sqrt())
+        own = [fragment.tensors["weight"] for fragment in self.owned_fragments() if "weight" in fragment.tensors]
+        norms = torch._foreach_norm(own, dtype=torch.float32) if own else [torch.zeros(())]
+        squares = torch.stack([norm.to(self.world.device) for norm in norms]).square().sum().double()
+        return float(sum_over_ranks(squares).sqrt())
 
     @torch.no_grad()
     def checksum(self) -> int | None:
@@ -292,7 +302,18 @@ class Engine:
         return checksum
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank has to restore to resume: its partition, or all of every parameter at stage 0."""
+        """What this rank has to restore to resume: its partition, or all of every parameter at stage 0; and of those
+        that are frozen, all before stage 3."""
+        yield from self._trained_fragments()
+        yield from self._frozen_fragments()
+
+    def owned_fragments(self) -> Iterator[Fragment]:
+        """What this rank has to save, so that all ranks together save every weight once."""
+        trained, frozen = self._trained_fragments(), self._frozen_fragments()
+        yield from trained if self.stage else self._shares(trained)
+        yield from frozen if self.stage == 3 else self._shares(frozen)
+
+    def _trained_fragments(self) -> Iterator[Fragment]:
         for number, (flat, segments, _) in enumerate(self._flats):
             kept = {"weight": flat, **state_tensors(self._inner, flat)}
             if self._averages:
@@ -301,13 +322,19 @@ class Engine:
                 views = {kind: _view(tensor, flat, part) for kind, tensor in kept.items()}
                 yield Fragment(part.name, part.start, views)
 
-    def owned_fragments(self) -> Iterator[Fragment]:
-        """What this rank has to save, so that all ranks together save every weight once."""
+    def _frozen_fragments(self) -> Iterator[Fragment]:
+        for name, p in self._frozen:
+            flat, start = p.detach().view(-1), 0
+            if self.stage == 3:
+                start = self.world.rank * p.ds_tensor.numel()
+                flat = p.ds_tensor.detach()[: max(p.ds_numel - start, 0)]  # the last partition is padded
+            if len(flat):
+                yield Fragment(name, start, {"weight": flat})
+
+    def _shares(self, whole: Iterator[Fragment]) -> Iterator[Fragment]:
+        """This rank's share of what every rank holds all of."""
         rank, size = self.world.rank, self.world.size
-        for fragment in self.fragments():
-            if self.stage:
-                yield fragment
-                continue
+        for fragment in whole:
             for kind, tensor in fragment.tensors.items():  # of any length where a state is factored
                 low, high = rank * len(tensor) // size, (rank + 1) * len(tensor) // size
                 if low < high:
@@ -316,10 +343,10 @@ class Engine:
     def _find_flats(self) -> Iterator[tuple[Tensor, list[_Segment], int]]:
         """The tensors that the optimizer steps, what this rank's part of each holds, and how many parameters all of it
         has: whole parameters, or this rank's flat float32 partitions."""
-        names = {id(p): name for name, p in self._deepspeed.module.named_parameters()}
+        names = {id(p): name for name, p in self._deepspeed.module.named_parameters() if p.requires_grad}
         if self.stage == 0:
-            for name, p in self._deepspeed.module.named_parameters():
-                yield p, [_Segment(name, 0, 0, 0, p.numel())], 1
+            for p in (p for p in self._deepspeed.module.parameters() if p.requires_grad):
+                yield p, [_Segment(names[id(p)], 0, 0, 0, p.numel())], 1
         elif self.stage == 3:
             groups = zip(self.optimizer.fp32_partitioned_groups_flat, self.optimizer.fp16_groups, strict=True)
             for flat, group in groups:
@@ -344,6 +371,14 @@ class Engine:
                 yield _Segment(names[id(p)], index, start, offset, count)
 
 
+def _with_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Have a block's input require a gradient, as that of the first block that is trained does not where all before is
+    frozen: the hook by which DeepSpeed reduces a leaf module's gradients would run before there are any."""
+    first, *more = inputs
+    needed = torch.is_grad_enabled() and not first.requires_grad
+    return (first.detach().requires_grad_() if needed else first, *more)
+
+
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scale
 
 
@@ -357,15 +392,16 @@ def model_states(
     skeleton: nn.Module, config: EngineConfig, optim: OptimConfig, world: World
 ) -> tuple[States, Placement]:
     """What is kept for each parameter of an objective, which may be on the meta device, and where."""
-    states = States(config.dtype, len(state_tensors(*_probe(skeleton, optim))) + (optim.ema > 0))
+    frozen = sum(p.numel() for p in skeleton.parameters() if not p.requires_grad)
+    states = States(config.dtype, len(state_tensors(*_probe(skeleton, optim))) + (optim.ema > 0), frozen)
     memory = torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else None
     return states, place(config, sum(p.numel() for p in skeleton.parameters()), world.size, states, memory)
 
 
 def _probe(skeleton: nn.Module, optim: OptimConfig) -> tuple[torch.optim.Optimizer, Tensor]:
-    """An optimizer with the state of one parameter, to see what it keeps for each."""
+    """An optimizer with the state of one parameter, to see what it keeps for each that is trained."""
     optimizer = build_optimizer(skeleton, optim)
-    largest = max(skeleton.parameters(), key=Tensor.numel)
+    largest = max((p for p in skeleton.parameters() if p.requires_grad), key=Tensor.numel)
     fresh_state(optimizer, largest, 0)
     return optimizer, largest
 

@@ -8,7 +8,7 @@ word.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -21,14 +21,15 @@ from vitscale.model.build import build_network
 from vitscale.model.config import ArchitectureConfig
 from vitscale.model.flops import training_flops
 from vitscale.pipeline.activations import ROWS, Batch, bytes_an_image, taken
-from vitscale.pipeline.config import Config
+from vitscale.pipeline.config import Config, FinetuneConfig
 from vitscale.pipeline.console import count
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.engine import model_states
-from vitscale.pipeline.micro_batch import RESERVE, bucket_bytes
+from vitscale.pipeline.finetune import check_trained, choose_trained
+from vitscale.pipeline.micro_batch import RESERVE, around_frozen, bucket_bytes
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.placement import Placement, place
 from vitscale.pipeline.schedule import parse_duration
@@ -42,7 +43,8 @@ MFU = 0.4  # share of that: assumed, between the 17% of DINOv3's ViT-L and the 5
 
 @dataclass(frozen=True)
 class Form:
-    """What decides how much an image takes: the network, its numbers, and whether labels are mixed."""
+    """What decides how much an image takes: the network, what of it is trained, its numbers, and whether labels are
+    mixed."""
 
     model: ArchitectureConfig
     dtype: str
@@ -50,6 +52,7 @@ class Form:
     recompute_every: int
     loss: str
     mixes: bool
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,10 @@ def estimate(config: Config, ranks: int, images: int, classes: int, memory: floa
         got = f"{config.train.duration}, {count(steps, 'step')} of which {warmup:,} warm up"
         raise UserError("train.duration", got, "at least one step, and the warm-up's", "Make it longer.")
     engine = config.engine
-    form = Form(model, engine.dtype, engine.recompute, engine.recompute_every, config.objective.loss, unit == 2)
+    check_trained(config, model)
+    form = Form(
+        model, engine.dtype, engine.recompute, engine.recompute_every, config.objective.loss, unit == 2, config.finetune
+    )
     skeleton = objective(form, model.depth)
     states, _ = model_states(skeleton, engine, config.optim, World(0, ranks, 0, torch.device("cpu")))
     parameters = sum(p.numel() for p in skeleton.parameters())
@@ -148,7 +154,7 @@ def estimate(config: Config, ranks: int, images: int, classes: int, memory: floa
         buckets=buckets,
         an_image=an_image,
         memory=memory,
-        checkpoint=4.0 * (1 + states.kept) * parameters,
+        checkpoint=4.0 * (parameters + states.kept * (parameters - states.frozen)),
         flop=float(training_flops(model)) * steps * batch,
         peak=peak or PEAKS["16 bits" if engine.dtype != "fp32" else "tf32" if engine.tf32 else "fp32"],
         placement=placement,
@@ -160,6 +166,7 @@ def objective(form: Form, blocks: int) -> Supervised:
     model = replace(cast(Any, form.model), depth=blocks) if form.model.alike else form.model
     with torch.device("meta"):
         network = build_network(model, seed=None)
+        choose_trained(network, form.finetune)
     network.recompute, network.recompute_every = form.recompute, form.recompute_every
     return Supervised(network, Preprocess(model.img_size, 1.0), loss=form.loss)
 
@@ -168,16 +175,18 @@ def objective(form: Form, blocks: int) -> Supervised:
 def image_bytes(form: Form) -> float:
     """Bytes that each image of a micro batch takes at the peak of a step, of tensors that are not there."""
     cpu, dtype, model, side = torch.device("cpu"), DTYPES[form.dtype], form.model, form.model.img_size
+    short, before, after = around_frozen(form.finetune, model.depth)
 
     def build(blocks: int) -> nn.Module:
-        made = objective(form, blocks)
+        made = objective(replace(form, finetune=short), before + blocks) if model.alike else objective(form, blocks)
         for module in made.modules():  # `Module.to` cannot
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         kind = dtype if tensor.is_floating_point() else tensor.dtype
                         fake = torch.empty(tensor.shape, dtype=kind, device=cpu)
-                        tensors[name] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+                        parameter = isinstance(tensor, nn.Parameter)
+                        tensors[name] = nn.Parameter(fake, tensor.requires_grad) if parameter else fake
         return made
 
     def batch_of(rows: int) -> Batch:
@@ -188,7 +197,7 @@ def image_bytes(form: Form) -> float:
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         if model.alike:
-            return bytes_an_image(build, model.depth, batch_of, cpu)
+            return bytes_an_image(build, after, batch_of, cpu)
         whole = build(model.depth)
         taken(whole, batch_of, ROWS[-1], cpu)  # makes gradients
         less, more = (taken(whole, batch_of, rows, cpu) for rows in (ROWS[-1], 2 * ROWS[-1]))

@@ -48,7 +48,7 @@ class MetricsLog:
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, samples: Sequence[str] = (), **values: float | str) -> None:
-        """One row: `{"step": …, "kind": "train" | "eval" | "incident", …}`; steps are counted from 1, when taken.
+        """One row: `{"step": …, "kind": "train" | "eval" | "suite" | "incident", …}`; steps taken are counted from 1.
 
         `samples` are digests of the global batches of the steps up to this one. What is not finite is written as null,
         JSON having no word for it; numbers alone go to TensorBoard and W&B.

@@ -18,7 +18,7 @@ from torch import nn
 
 from vitscale.errors import UserError
 from vitscale.pipeline.activations import ROWS, Batch, bytes_an_image, free_memory
-from vitscale.pipeline.config import STAGE_0_OPTIMIZERS, Config
+from vitscale.pipeline.config import STAGE_0_OPTIMIZERS, Config, FinetuneConfig
 from vitscale.pipeline.console import say
 from vitscale.pipeline.data import order
 from vitscale.pipeline.distributed import World, agree, gather, launcher_place
@@ -158,18 +158,30 @@ def synthetic(plan: Plan, rows: int, device: torch.device) -> Batch:
 
 def find(plan: Plan, world: World, make: Make, left: float, most: int) -> Found:
     """`largest` for this rank of a run, up to `most` images. No other rank takes part."""
-
     alike = plan.model.alike  # else the whole network is tried
+    short, before, after = around_frozen(plan.config.finetune, plan.model.depth)
 
     def build(blocks: int) -> nn.Module:
+        chosen = plan
+        if alike:
+            config = replace(plan.config, finetune=short)
+            chosen = replace(plan, model=replace(plan.model, depth=before + blocks), config=config)
         with world.device:
-            objective = make(replace(plan, model=replace(plan.model, depth=blocks)) if alike else plan)
+            objective = make(chosen)
         return objective.to(DTYPES[plan.config.engine.dtype])
 
     def batch_of(rows: int) -> Batch:
         return synthetic(plan, rows, world.device)
 
-    return largest(build, plan.model.depth if alike else 1, batch_of, left, world.device, most, plan.loader.unit)
+    return largest(build, after if alike else 1, batch_of, left, world.device, most, plan.loader.unit)
+
+
+def around_frozen(config: FinetuneConfig, depth: int) -> tuple[FinetuneConfig, int, int]:
+    """How to try a network whose first blocks are frozen, and keep nothing for the backward pass: the settings by which
+    one of them, or none, stands for all, the number of these, and of those that come after the frozen ones."""
+    frozen = 0 if config.freeze == "all" else config.freeze
+    before = min(frozen, 1)
+    return replace(config, freeze=before or config.freeze), before, depth - frozen
 
 
 def fitted(plan: Plan, world: World, make: Make) -> Plan:

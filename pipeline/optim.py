@@ -29,7 +29,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     Each group has `params`, `name`, `weight_decay`, `lr_scale` and `spared`; no two are alike in all but `params`.
     """
     named = [(name.removeprefix("model."), p) for name, p in module.named_parameters() if p.requires_grad]
-    layers, depth = _layers([name for name, _ in named])
+    layers, depth = layers_of([name.removeprefix("model.") for name, _ in module.named_parameters()])
     groups: dict[tuple[bool, float, float, int], dict[str, Any]] = {}
     for name, p in named:
         ndim = len(getattr(p, "ds_shape", p.shape))  # a parameter that ZeRO partitioned has lost its own shape
@@ -50,7 +50,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     return sorted(groups.values(), key=lambda group: group["spared"])
 
 
-def _layers(names: list[str]) -> tuple[dict[str, int], int]:
+def layers_of(names: list[str]) -> tuple[dict[str, int], int]:
     """The layer of each parameter of a network, from 0 (before the blocks) to depth + 1 (after them), and the depth.
 
     What lies between two blocks, as where a Swin merges patches, is of the layer of the second.
@@ -65,7 +65,7 @@ def _layers(names: list[str]) -> tuple[dict[str, int], int]:
         elif stage:
             layers[name] = next(number for found, number in numbers.items() if found.startswith(stage[0]))
         else:
-            layers[name] = 0 if name.startswith(("patch_embed.", "stem.", *INPUTS)) else len(blocks) + 1
+            layers[name] = 0 if name.startswith(("patch_embed.", "stem.", "norm_pre.", *INPUTS)) else len(blocks) + 1
     return layers, len(blocks)
 
 

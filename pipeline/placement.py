@@ -12,10 +12,14 @@ FULL = 0.6  # share of a GPU's memory that states may take; the rest is for acti
 
 @dataclass(frozen=True)
 class States:
-    """Bytes per parameter of what training keeps: `kept` float32 numbers besides the weight (moments, average)."""
+    """Bytes per parameter of what training keeps: `kept` float32 numbers besides the weight (moments, average).
+
+    Of all parameters so many are `frozen`: of those there is the weight that the network computes with alone.
+    """
 
     dtype: str
     kept: int
+    frozen: int = 0
 
     @property
     def working(self) -> int:
@@ -28,12 +32,13 @@ class States:
         kept = kept / ranks if stage >= 1 else kept
         gradients = gradients / ranks if stage >= 2 else gradients
         weights = weights / ranks if stage >= 3 else weights
-        return parameters * (weights + gradients + kept)
+        return parameters * weights + (parameters - self.frozen) * (gradients + kept)
 
     def on_device(self, parameters: int, stage: int, ranks: int, offload: str) -> float:
         """The part of `bytes_a_rank` that stays on the device where `offload` moves the rest to the host's memory."""
-        host = 0 if offload == "none" else 4 * (1 + self.kept) + (self.working if offload == "all" else 0)
-        return self.bytes_a_rank(parameters, stage, ranks) - host / ranks * parameters
+        states = 0 if offload == "none" else 4 * (1 + self.kept) * (parameters - self.frozen)
+        weights = self.working * parameters if offload == "all" else 0
+        return self.bytes_a_rank(parameters, stage, ranks) - (states + weights) / ranks
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ def place(config: EngineConfig, parameters: int, ranks: int, states: States, mem
     """
     stage = config.zero_stage
     overlap = memory is not None and ranks > 1 and stage > 0
-    size = parameters // BUCKETS if overlap else parameters
+    trained = parameters - states.frozen
+    size = trained // BUCKETS if overlap else trained
     most = CPU_BUCKET if memory is None else BUCKET
     bucket = min(most, max(2, -(-size // 1024) * 1024))  # DeepSpeed asks for an even number
     need = states.bytes_a_rank(parameters, stage, ranks)
@@ -72,7 +78,8 @@ def place(config: EngineConfig, parameters: int, ranks: int, states: States, mem
              "all": "parameters and the optimizer's state are in the host's memory"}[offload]  # fmt: skip
     how = "overlapping with the backward pass" if overlap else "one after the other"
     why = (
-        f"{parameters:,} parameters, {need / 1e9:,.2g} GB of states a rank: {where} ({reason});"
+        f"{parameters:,} parameters{f', of which {trained:,} are trained' if states.frozen else ''},"
+        f" {need / 1e9:,.2g} GB of states a rank: {where} ({reason});"
         f" buckets of {bucket:,} elements, {how}"
     )
     return Placement(bucket, overlap, offload, memory is not None, why)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitscale.errors import UserError
 from vitscale.model.config import ArchitectureConfig
@@ -12,16 +12,20 @@ from vitscale.pipeline import checkpoint
 from vitscale.pipeline.config import STAGE_0_OPTIMIZERS, Config, flatten, merge, to_dict
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.augment import Preprocess
+from vitscale.pipeline.data.holdout import split
 from vitscale.pipeline.data.loader import LoaderSettings
 from vitscale.pipeline.data.order import Order
 from vitscale.pipeline.data.store import CacheSettings, Store
 from vitscale.pipeline.distributed import World
-from vitscale.pipeline.finetune import check_architecture
+from vitscale.pipeline.finetune import check_finetune, check_source, open_source
 from vitscale.pipeline.mirror import shown, working_folder
 from vitscale.pipeline.objectives.supervised import check_loss
 from vitscale.pipeline.schedule import parse_duration
 from vitscale.pipeline.wandb_run import require_wandb
-from vitscale.pipeline.weights import open_trained
+from vitscale.pipeline.weights import Trained
+
+if TYPE_CHECKING:
+    from vitscale.pipeline.evaluation.during import Suites
 
 # settings that may change when a run goes on: they leave its samples and its mathematics alone
 HARMLESS = (
@@ -32,12 +36,15 @@ HARMLESS = (
 
 
 # settings that decide the form of weights and optimizer state: not even `--force` changes them
-FIXED = ("model.", "optim.name")
+FIXED = ("model.", "optim.name", "finetune.")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. Durations are in steps; `force` goes on from a checkpoint of another recipe."""
+    """A checked run. Durations are in steps; `force` goes on from a checkpoint of another recipe.
+
+    `train` is what is trained on, without what `data.dev` holds out; `val`, on which is evaluated, is that then.
+    """
 
     config: Config
     loader: LoaderSettings
@@ -53,6 +60,7 @@ class Plan:
     save_every: int
     keep_every: int
     eval_every: int
+    suites: "Suites | None"
     force: bool
 
     @property
@@ -73,22 +81,20 @@ def plan(config: Config, world_size: int, check_files: bool = True, force: bool 
     Raises `UserError` for all that can be known to fail: missing folders, sizes that do not fit, a folder that holds
     a run of another recipe or of other data.
     """
+    from vitscale.pipeline.evaluation import during  # which works with plans
+
     for setting, value in (("run.dir", config.run.dir), ("data.train", config.data.mixture)):
         if not value:
             raise UserError(setting, "nothing", "a folder", f"Add {setting}=PATH to the command.")
-    paths, weights = zip(*config.data.mixture, strict=True)
-    cache = CacheSettings(Path(config.data.cache), int(config.data.cache_gb * 1e9)) if config.data.cache else None
-    check = check_files and config.data.on_error == "stop"
-    train = Store(paths, "data.train", cache, check)
-    val = Store(config.data.val, "data.val", cache, check) if config.data.val else None
-    if val:
-        check_classes("data.val", val.classes, "data.train", train.classes)
+    weights = [weight for _, weight in config.data.mixture]
+    train, val = open_data(config, check_files)
     batch = config.train.global_batch
     if batch < world_size:
         remedy = "Raise it, or start fewer processes."
         raise UserError("train.global_batch", f"{batch} for {world_size} ranks", "at least one image a rank", remedy)
     if batch > len(train):
-        raise UserError("train.global_batch", batch, f"at most the {len(train)} training images", "Lower it.")
+        beside = " beside those of data.dev" if config.data.dev else ""
+        raise UserError("train.global_batch", batch, f"at most the {len(train)} training images{beside}", "Lower it.")
     train.check_cache(config.data.streams, config.data.window, int(config.data.cache_gb * 1e9))
     unit = 2 if config.augment.mixes else 1
     most = batch if config.engine.micro_batch == "auto" else config.engine.micro_batch
@@ -122,13 +128,13 @@ def plan(config: Config, world_size: int, check_files: bool = True, force: bool 
         reason = "a ZeRO stage at which it is what it is without: it works on whole matrices, ZeRO on slices of vectors"
         raise UserError("optim.name", got, reason, "Set engine.zero_stage=0, or choose adamw, sgd, lion or lamb.")
     check_loss(config.objective.loss, train.multi)
-    if val and val.multi != train.multi:
-        got = "several labels an image" if val.multi else "one label an image"
-        raise UserError("data.val", got, "labels of the kind of data.train", "Use a dataset made like it.")
     require_wandb(config.run.wandb)
+    check_finetune(config, model)
     resume, _ = find_resume(config, fingerprint, force=force)
-    if config.init_from and not resume:
-        check_architecture(model, open_trained(config.init_from, "init_from"))
+    source = open_source(config) if config.init_from and not resume else None
+    if source:
+        check_source(model, source)
+    preprocess = Preprocess(model.img_size, config.augment.eval_crop, **normalisation(resume, source))
     micro_batch = order.micro_batch_size(batch, world_size, most, unit)
     return Plan(
         config=config,
@@ -138,15 +144,64 @@ def plan(config: Config, world_size: int, check_files: bool = True, force: bool 
         fingerprint=fingerprint,
         val=val,
         model=model,
-        preprocess=Preprocess(model.img_size, config.augment.eval_crop),
+        preprocess=preprocess,
         steps=steps,
         warmup=within("schedule.warmup", config.schedule.warmup),
         cooldown=within("schedule.cooldown", config.schedule.cooldown),
         save_every=within("checkpoint.every", config.checkpoint.every),
         keep_every=within("checkpoint.keep_every", config.checkpoint.keep_every),
-        eval_every=within("eval.every", config.eval.every),
+        eval_every=evaluation_steps(config, val, within("eval.every", config.eval.every)),
+        suites=during.planned(
+            config,
+            model,
+            preprocess,
+            train,
+            val,
+            lambda path, setting: open_store(path, setting, config, check_files),
+            within("eval.suites_every", config.eval.suites_every),
+        ),
         force=force,
     )
+
+
+def open_data(config: Config, check_files: bool) -> tuple[Store, Store | None]:
+    """What is trained on, and what is evaluated on, if anything: `data.val`, or what `data.dev` holds out.
+
+    Raises `UserError` where the two do not fit together.
+    """
+    train = open_store([path for path, _ in config.data.mixture], "data.train", config, check_files)
+    val = open_store(config.data.val, "data.val", config, check_files) if config.data.val else None
+    if val is not None:
+        check_classes("data.val", val.classes, "data.train", train.classes)
+        if val.multi != train.multi:
+            got = "several labels an image" if val.multi else "one label an image"
+            raise UserError("data.val", got, "labels of the kind of data.train", "Use a dataset made like it.")
+        if not len(val):
+            raise UserError("data.val", "a dataset without images", "at least one", "Shard a source that has some.")
+    return split(train, config.data.dev_share) if config.data.dev else (train, val)
+
+
+def open_store(paths: str | list[str], setting: str, config: Config, check_files: bool) -> Store:
+    """A dataset, or several, that `setting` names; shards out of an object store are held as `data.cache` says."""
+    cache = CacheSettings(Path(config.data.cache), int(config.data.cache_gb * 1e9)) if config.data.cache else None
+    return Store(paths, setting, cache, check_files and config.data.on_error == "stop")
+
+
+def evaluation_steps(config: Config, val: Store | None, every: int) -> int:
+    """`every`, the steps from one evaluation to the next. Raises `UserError` for a patience that would never end."""
+    patience = config.eval.patience
+    if patience and val is None:
+        expected = "images to evaluate on"
+        raise UserError("eval.patience", f"{patience} without data.dev or data.val", expected, "Add data.dev=2%, say.")
+    if patience and not every:
+        raise UserError("eval.patience", f"{patience} with eval.every 0", "evaluations on the way", "Set eval.every.")
+    return every
+
+
+def normalisation(resume: Path | None, source: Trained | None) -> dict[str, Any]:
+    """`mean` and `std` of `Preprocess`: those of the run that goes on, or of the weights that it starts from."""
+    found = checkpoint.read_state(resume)["preprocess"] if resume else vars(source.preprocess) if source else {}
+    return {key: tuple(found[key]) for key in ("mean", "std") if key in found}
 
 
 def find_resume(

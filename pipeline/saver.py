@@ -31,14 +31,17 @@ class Saver:
 
     If `folder` stands for one in an object store, each rank's thread uploads its file, which then is not here any more,
     and rank 0 publishes there; before that it calls `push`, for what is to be there when the checkpoint is.
+    `published` is called with its state as soon as it is there, on rank 0, before others are removed.
     """
 
     def __init__(
         self, folder: Path, world: World, keep: int, kept: Callable[[int], bool] = lambda _: False, *,
         background: bool = True, push: Callable[[], None] = lambda: None,
+        published: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self.folder, self._world, self._keep, self._kept = folder, world, keep, kept
         self._background, self._push, self._store = background, push, store_of(folder)
+        self._published = published
         self._last: float = math.inf  # step of the last save: those before may be of an abandoned course
         self._host: dict[str, Tensor] = {}  # used again by the next save
         self._state: dict[str, Any] | None = None  # of the checkpoint that is being written
@@ -169,6 +172,7 @@ class Saver:
             hidden.rename(self.folder / name)
             sync_folder(self.folder)
             publish_text(self.folder / "latest", name + "\n")
+        self._published(state)
         found = checkpoints(self.folder)
         earlier = [path for path in found if step_of(path) <= step and (not self._store or "index.json" in names(path))]
         kept = [*earlier[: self._keep], *(path for path in earlier if self._kept(step_of(path)))]

@@ -20,6 +20,7 @@ from vitscale.pipeline.console import OUT, count
 from vitscale.pipeline.keeping import holder
 from vitscale.pipeline.metrics import hours, rows_backwards
 from vitscale.pipeline.mirror import names, reading_folder, shown
+from vitscale.pipeline.run_folder import best_of, complete
 from vitscale.pipeline.schedule import parse_duration
 
 FLOCK = {"linux": ("hhqqi", 0, 4), "darwin": ("qqihh", 3, 2)}  # fcntl(2): struct flock, its places of type and pid
@@ -33,7 +34,7 @@ class Status:
     `state` is `running` (a process of this host has the folder), `finished`, `stopped`, or, for a run that was last
     started on another `host`, whose locks may not show here, `elsewhere`: running there if its rows are young.
     `step` of `steps` is the last one logged, or saved if that is later. `train` and `evaluation` are the last rows of
-    these kinds.
+    these kinds; with `eval.patience` the evaluation is the best one, after which `worse` had no better.
     """
 
     run: str
@@ -50,6 +51,7 @@ class Status:
     evaluation: dict[str, Any]
     checkpoint: str | None
     checkpoint_age: float | None
+    worse: int = 0
     incidents: list[str] = field(default_factory=list)
     rollbacks: int = 0
     hangs: list[str] = field(default_factory=list)
@@ -64,7 +66,8 @@ def read_status(run: str) -> Status:
     recipe = _recipe(folder)
     start = _last_start(folder)
     saved, state, saved_age = _last_checkpoint(folder / "checkpoints")
-    rows = _last_rows(folder, ("train", "eval") if recipe["data.val"] else ("train",))
+    best = best_of(state)
+    rows = _last_rows(folder, ("train", "eval") if recipe["data.val"] or recipe["data.dev"] else ("train",), best)
     held = holder(folder)
     pid = held["pid"] if held else lock_holder(folder / ".lock")
     step = max(rows.get("train", {}).get("step", 0), state.get("step", 0))
@@ -73,7 +76,7 @@ def read_status(run: str) -> Status:
     host = start.get("host")
     if pid is not None:
         condition = "running"
-    elif steps is not None and state.get("step", 0) >= steps:
+    elif steps is not None and complete(state, steps, recipe["eval.patience"]):
         condition = "finished"
     else:
         condition = "elsewhere" if host not in (None, platform.node()) else "stopped"
@@ -89,7 +92,8 @@ def read_status(run: str) -> Status:
         epoch=step / (samples // batch) if samples and samples >= batch else None,
         row_age=_age(folder / "metrics.jsonl") if rows else None,
         train=rows.get("train", {}),
-        evaluation=rows.get("eval", {}),
+        evaluation=rows.get("eval") or _evaluation(best),
+        worse=state["position"]["worse"] if best else 0,
         checkpoint=saved,
         checkpoint_age=saved_age,
         incidents=_names(folder / "incidents"),
@@ -143,7 +147,8 @@ def lines(status: Status) -> list[tuple[str, str]]:
     if status.evaluation:
         scores = {name: value for name, value in status.evaluation.items() if name not in ("step", "kind")}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, int | float))
-        told.append(("evaluation", f"after step {status.evaluation['step']:,}: {shown}"))
+        since = f"; {count(status.worse, 'evaluation')} since had no better" if status.worse else ""
+        told.append(("evaluation", f"after step {status.evaluation['step']:,}: {shown}{since}"))
     if status.checkpoint:
         told.append(("checkpoint", f"{status.checkpoint}, {hours(status.checkpoint_age or 0)} ago"))
     if status.incidents or status.rollbacks:
@@ -170,7 +175,7 @@ def _condition(status: Status) -> str:
     where = f" on {status.host}" if status.host else ""
     said = {
         "running": f"running{where}{process}",
-        "finished": "finished",
+        "finished": "finished" if status.step >= (status.steps or 0) else "finished early, by eval.patience",
         "stopped": "stopped" if status.step else "stopped before its first row",
         "elsewhere": f"last started{where}, which this host cannot see",
     }[status.state]
@@ -234,18 +239,25 @@ def _last_checkpoint(folder: Path) -> tuple[str | None, dict[str, Any], float | 
     return None, {}, None
 
 
-def _last_rows(folder: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The last row of each kind; without the digests of samples. One too far from the end of the log is left out."""
+def _last_rows(folder: Path, kinds: tuple[str, ...], best: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The last row of each kind, of `eval` that of the `best` evaluation where there is one; without the digests of
+    samples. One too far from the end of the log is left out."""
     found: dict[str, dict[str, Any]] = {}
     newest = None
     for end, row in rows_backwards(folder):
         newest = end if newest is None else newest
         kind = row.get("kind")
-        if kind in kinds and kind not in found:
+        passed = kind == "eval" and bool(best) and row["step"] != best["step"]
+        if kind in kinds and kind not in found and not passed:
             found[kind] = {name: value for name, value in row.items() if name != "samples"}
         if len(found) == len(kinds) or newest - end > LOOKED_AT:
             break
     return found
+
+
+def _evaluation(best: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the best evaluation where its row is too far from the end of the log."""
+    return {"step": best["step"], "kind": "eval", best["name"]: best["score"]} if best else {}
 
 
 def _total(recipe: dict[str, Any], samples: int | None) -> int | None:

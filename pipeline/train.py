@@ -1,12 +1,9 @@
 """The training loop: pretraining and fine-tuning alike."""
 
-import hashlib
-import math
-import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,86 +12,34 @@ import torch
 
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import Requeue, UserError
+from vitscale.model import lora
 from vitscale.model.build import build_network, initial_rules
 from vitscale.model.initial import initial_weight
 from vitscale.pipeline import checkpoint, incidents, micro_batch
 from vitscale.pipeline.config import to_dict
-from vitscale.pipeline.console import OUT, progress, say
+from vitscale.pipeline.console import OUT, count, progress, say
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.device_augment import DeviceAugment
-from vitscale.pipeline.data.loader import (
-    Batch,
-    EvaluationView,
-    TrainingView,
-    evaluation_batches,
-    training_batches,
-    worker_deaths,
-)
+from vitscale.pipeline.data.loader import Batch, TrainingView, training_batches, worker_deaths
 from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.engine import Engine, Step, Weights
-from vitscale.pipeline.evaluation.classification import classification
-from vitscale.pipeline.finetune import fine_tuned_weights
+from vitscale.pipeline.evaluation import during
+from vitscale.pipeline.finetune import beginning, choose_trained, fine_tuned_weights, open_source
 from vitscale.pipeline.incidents import dropout_seed
 from vitscale.pipeline.keeping import kept_in_store
 from vitscale.pipeline.metrics import Meter, MetricsLog, Seen, line
 from vitscale.pipeline.mirror import drop, shown
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.planner import Plan, find_resume, recipe_hash
+from vitscale.pipeline.position import INCIDENTS, Position
 from vitscale.pipeline.profiler import Profiler
 from vitscale.pipeline.recipe import to_yaml
-from vitscale.pipeline.run_folder import run_lock, versions, write_environment, writing
+from vitscale.pipeline.run_folder import complete, note_best, read_best, run_lock, versions, write_environment, writing
 from vitscale.pipeline.saver import Saver
 from vitscale.pipeline.schedule import lr_factor
 from vitscale.pipeline.signals import StopSignals
 from vitscale.pipeline.watchdog import Watchdog
 from vitscale.pipeline.weights import NETWORK, describe, open_trained_alike
-
-RECENT = 100  # losses whose median a spike is measured by
-INCIDENTS = ("loss", "grad_norm", "spike")  # why a step was not taken, where that is worth a record
-
-
-@dataclass
-class Position:
-    """How far a run is; all of it is in its checkpoints, as JSON.
-
-    `step` steps are over, of which the optimizer took `optimizer_steps`. The next one uses the global batch
-    `step + data_offset` of the order. `digest` chains the digests of all batches so far. `refused` counts the steps not
-    taken since the last one that was; `rollbacks` how often the run went back to a checkpoint; `losses` are the last
-    ones, if spikes are watched for.
-    """
-
-    step: int = 0
-    optimizer_steps: int = 0
-    data_offset: int = 0
-    digest: str = ""
-    refused: int = 0
-    rollbacks: int = 0
-    losses: list[float] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> "Position":
-        """That of a checkpoint; format 1 took every step, and had no digest."""
-        kept = {"step": state["step"], "optimizer_steps": state["step"], **state.get("position", {})}
-        return cls(**kept)
-
-    def take(self, result: Step, spikes: bool) -> None:
-        """Count a step."""
-        self.step += 1
-        self.optimizer_steps += not result.refused
-        if result.refused in INCIDENTS:
-            self.refused += 1
-        elif not result.refused:
-            self.refused = 0
-            self.losses = [*self.losses, result.means["loss"]][-RECENT:] if spikes else []
-
-    def see(self, digests: list[str]) -> None:
-        """Add the digests of batches to the chain."""
-        for digest in digests:
-            self.digest = hashlib.sha256(f"{self.digest}{digest}".encode()).hexdigest()
-
-    def spike(self, factor: float) -> float:
-        """The loss beyond which a step is a spike: `factor` times the median of the last ones, once there are some."""
-        return factor * statistics.median(self.losses) if factor and len(self.losses) >= RECENT // 4 else math.inf
 
 
 @dataclass
@@ -113,21 +58,25 @@ class Run:
 
 
 def train(plan: Plan, world: World) -> None:
-    """Train to the last step, going on from the newest sound checkpoint of the run. Every rank calls it.
+    """Train to the last step, or as far as `eval.patience` goes, from the newest sound checkpoint of the run on.
+    Every rank calls it.
 
     Raises `Requeue` when a signal asked for the end, after a save.
     """
     config = plan.config
     with run_lock(plan.folder, world), kept_in_store(plan.folder, world) as push, StopSignals() as signals:
         resume, warnings = find_resume(config, plan.fingerprint, world, force=plan.force)
-        position = Position.of(checkpoint.read_state(resume)) if resume else Position()
+        position = position_of(plan, resume)
         if world.main:
             for warning in warnings:
                 say(f"passed over: {warning}")
-            if position.step >= plan.steps:
-                say(f"already trained to step {position.step} of {plan.steps}: {shown(plan.folder)}")
-        if position.step >= plan.steps:
+            if resume:
+                note_best(plan.folder, checkpoint.read_state(resume))  # a kill may have come before that
+            if over(plan, position):
+                say(f"already {said_end(plan, position)}")
+        if over(plan, position):
             return
+        during.check_scratch(plan, world)
         plan = micro_batch.fitted(plan, world, make_objective)
         with (
             Watchdog(config.guard.step_timeout, plan.folder, world.rank) as watchdog,
@@ -138,14 +87,13 @@ def train(plan: Plan, world: World) -> None:
             fill(engine, plan, world, resume)
             if world.main:
                 announce(plan, world, engine, resume, position.step)
-            folder, keep, background = plan.folder / "checkpoints", config.checkpoint.keep, config.checkpoint.background
-            saver = Saver(folder, world, keep, plan.keeps, background=background, push=push)
+            saver = make_saver(plan, world, push)
             log = open_log(plan, world, position.step) if world.main else None
             meter = Meter(engine.watch, world, plan.model, config, position.step, plan.steps)
             run = Run(plan, world, engine, saver, signals, watchdog, position, meter, log)
             with worker_deaths(plan.loader.workers), progress("training", shown=world.main) as advance:
                 try:
-                    while run.position.step < plan.steps:
+                    while not over(plan, run.position):
                         run_steps(run, advance)
                     saver.finish()
                 finally:
@@ -153,13 +101,13 @@ def train(plan: Plan, world: World) -> None:
                         with suppress(OSError):  # not to hide what ended the run; metrics.jsonl is written already
                             run.log.close()
         if world.main:
-            say(f"trained to step {plan.steps}: {shown(plan.folder)}")
+            say(said_end(plan, run.position))
 
 
 def run_steps(run: Run, advance: Any) -> None:
-    """Steps to the last, or to a rollback: gather this rank's micro batches, step, log, evaluate, save."""
+    """Steps to the last, an early end, or a rollback: gather this rank's micro batches, step, log, evaluate, save."""
     plan, world, engine, position = run.plan, run.world, run.engine, run.position
-    config, size = plan.config, plan.config.train.global_batch
+    config, size, patience = plan.config, plan.config.train.global_batch, plan.config.eval.patience
     steps = range(position.step + position.data_offset, plan.steps + position.data_offset)
     seen = Seen(batches_of(plan, world, steps, run.engine), engine.accumulation)
     text = ""
@@ -178,6 +126,7 @@ def run_steps(run: Run, advance: Any) -> None:
             run.watchdog.beat(position.step)
             profiler.step(position.step)
             done, (stopping, written) = position.step, result.votes
+            evaluates = plan.val is not None and due(done, plan.eval_every, plan.steps)
             if written == world.size:
                 run.saver.commit()
             saves = (
@@ -185,7 +134,7 @@ def run_steps(run: Run, advance: Any) -> None:
                 or done == plan.steps
                 or (
                     not position.refused  # else the weights that led there would be gone back to
-                    and (due(done, plan.save_every, plan.steps) or plan.keeps(done))
+                    and (due(done, plan.save_every, plan.steps) or plan.keeps(done) or (patience and evaluates))
                 )
             )
             if saves or result.refused in INCIDENTS or due(done, config.run.log_every, plan.steps):
@@ -198,11 +147,18 @@ def run_steps(run: Run, advance: Any) -> None:
             compare = config.guard.compare_every
             if compare and done % compare == 0:
                 compare_ranks(engine, world)
-            if plan.val and due(done, plan.eval_every, plan.steps) and not stopping:
-                log_evaluation(run)
+            if evaluates and (patience or not stopping):  # on what is best, an interrupted run must not differ
+                values = evaluate(run)
+                if patience and saves:
+                    position.judge(*during.score(values))
+            ended = over(plan, position)
+            if plan.suites and not stopping and due(done, plan.suites.every, done if ended else plan.steps):
+                measure(run)
             if saves:
                 with engine.watch.host("save"):
                     run.saver.save(engine, state(plan, world, engine, position))
+            if ended and done < plan.steps:
+                return
             if stopping:
                 run.saver.finish()
                 names = [name for name in gather(run.signals.asked) if name]
@@ -225,6 +181,27 @@ def batches_of(plan: Plan, world: World, steps: range, engine: Engine) -> Iterat
         batches.close()  # pyright: ignore[reportAttributeAccessIssue] (a generator; ends the loader's processes)
 
 
+def position_of(plan: Plan, resume: Path | None) -> Position:
+    """Where a run goes on from a checkpoint, if there is one."""
+    position = Position.of(checkpoint.read_state(resume)) if resume else Position()
+    if not plan.config.eval.patience:
+        position.best, position.worse = {}, 0
+    return position
+
+
+def over(plan: Plan, position: Position) -> bool:
+    """Whether a run is at its last step, or ended early."""
+    return complete({"step": position.step, "position": vars(position)}, plan.steps, plan.config.eval.patience)
+
+
+def said_end(plan: Plan, position: Position) -> str:
+    """What there is to say of a run that is over."""
+    best, since = position.best, f", and {count(position.worse, 'evaluation')} since had no better (eval.patience)"
+    told = f"; the best checkpoint is of step {best['step']}, {best['name']} {best['score']:.4f}" if best else ""
+    reached = f"trained to step {position.step} of {plan.steps}"
+    return f"{reached}{told}{since if position.step < plan.steps else ''}: {shown(plan.folder)}"
+
+
 def due(done: int, every: int, total: int) -> bool:
     """Whether something that happens every `every` steps (0: only at the end) is due after `done` steps."""
     return done == total or (every > 0 and done % every == 0)
@@ -239,10 +216,26 @@ def build_engine(plan: Plan, world: World) -> Engine:
     return Engine(lambda: make_objective(plan), settings, config.optim, world, accumulation)
 
 
+def make_saver(plan: Plan, world: World, push: Callable[[], None]) -> Saver:
+    """What saves the run's checkpoints, and keeps the best one, where it looks for that."""
+    config = plan.config.checkpoint
+
+    def kept(step: int) -> bool:
+        return plan.keeps(step) or step == read_best(plan.folder).get("step")
+
+    def published(state: dict[str, Any]) -> None:
+        if note_best(plan.folder, state):
+            push()
+
+    folder = plan.folder / "checkpoints"
+    return Saver(folder, world, config.keep, kept, background=config.background, push=push, published=published)
+
+
 def make_objective(plan: Plan) -> Supervised:
     """The objective with its network, whose weights are left as torch makes them."""
     config = plan.config
     network = build_network(plan.model, seed=None)
+    choose_trained(network, config.finetune)
     network.recompute, network.recompute_every = config.engine.recompute, config.engine.recompute_every
     augment = DeviceAugment(config.augment, config.run.seed, plan.model.num_classes)
     learnt = config.objective
@@ -263,11 +256,12 @@ def fill(engine: Engine, plan: Plan, world: World, resume: Path | None) -> None:
         return
     own = engine.shapes.items()
     shapes = {name.removeprefix(NETWORK): shape for name, shape in own}
-    rules = initial_rules(plan.model)
+    rules = (*lora.RULES, *initial_rules(plan.model))
     weights: Weights = lambda name: initial_weight(name, shapes[name], config.run.seed, rules)  # noqa: E731
     if config.init_from:
-        trained = open_trained_alike(config.init_from, "init_from")
+        trained = open_source(config, open_trained_alike)
         weights, notes = fine_tuned_weights(plan.model, shapes, trained, weights)
+        notes += beginning(config.finetune, plan.model, plan.preprocess)
         for note in notes if world.main else []:
             say(note)
     engine.load(lambda name: weights(name.removeprefix(NETWORK)))
@@ -296,7 +290,7 @@ def meet_incident(run: Run, result: Step) -> None:
         remedy = "Lower optim.lr, lengthen schedule.warmup, or look with `vitscale replay`."
         raise UserError("guard.rollbacks", got, "training that recovers", remedy)
     resume, _ = find_resume(plan.config, plan.fingerprint, world, force=True)
-    back = Position.of(checkpoint.read_state(resume)) if resume else Position()
+    back = position_of(plan, resume)
     back.data_offset += before.step - back.step
     back.rollbacks, back.refused = before.rollbacks + 1, 0
     fill(run.engine, plan, world, resume)
@@ -321,40 +315,28 @@ def compare_ranks(engine: Engine, world: World) -> None:
         raise UserError("guard.compare_every", got, "the same bits on all ranks", remedy)
 
 
-def evaluate(plan: Plan, world: World, engine: Engine, watchdog: Watchdog) -> dict[str, float]:
-    """Accuracy on `data.val`, without touching the order or the random numbers of training."""
-    assert plan.val is not None
-    engine.objective.eval()
-
-    def batches() -> Iterator[Batch]:
-        assert plan.val is not None
-        for batch in evaluation_batches(plan.val, EvaluationView(plan.preprocess), plan.loader, world):
-            yield batch
-            watchdog.beat()
-
-    return {
-        name: value
-        for name, value in classification(
-            engine.objective, batches(), plan.model.num_classes, plan.config.objective.loss
-        )
-        if name in ("top1", "top5", "loss", "map") and value is not None
-    }
-
-
-def log_evaluation(run: Run) -> None:
-    """Evaluate the weights, and their average where there is one, whose values are named `ema_…`."""
-    plan, world, engine, done = run.plan, run.world, run.engine, run.position.step
-    with engine.watch.host("evaluation"):
-        values = evaluate(plan, world, engine, run.watchdog)
-        if engine.averages:
-            with engine.averaged():
-                averaged = evaluate(plan, world, engine, run.watchdog)
-            values |= {f"ema_{name}": value for name, value in averaged.items()}
+def evaluate(run: Run) -> dict[str, float]:
+    """Evaluate, and log what is found."""
+    plan, done = run.plan, run.position.step
+    with run.engine.watch.host("evaluation"):
+        values = during.evaluate(plan, run.world, run.engine, run.watchdog)
     if run.log:
         with writing(plan.folder):
             run.log.write(done, "eval", **values)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        say(f"step {done}/{plan.steps}  val  {shown}")
+        say(f"step {done}/{plan.steps}  {'dev' if plan.config.data.dev else 'val'}  {shown}")
+    return values
+
+
+def measure(run: Run) -> None:
+    """Run the suites, and log what they find."""
+    plan, done = run.plan, run.position.step
+    with run.engine.watch.host("evaluation"):
+        values = during.measure(plan, run.world, run.engine, run.watchdog, done)
+    if run.log and values:
+        with writing(plan.folder):
+            run.log.write(done, "suite", **values)
+        say(f"step {done}/{plan.steps}  suites  {during.told(values)}")
 
 
 def state(plan: Plan, world: World, engine: Engine, position: Position) -> dict[str, Any]:
@@ -382,7 +364,8 @@ def announce(plan: Plan, world: World, engine: Engine, resume: Path | None, firs
     config, model = plan.config, plan.model
     epoch_steps, left_out = divmod(len(plan.train), config.train.global_batch)
     sets = ", ".join(path for path, _ in config.data.mixture)
-    say(f"{len(plan.train):,} images, {model.num_classes} classes: {sets}")
+    held = f" beside {len(plan.val):,} held out" if config.data.dev and plan.val is not None else ""
+    say(f"{len(plan.train):,} images{held}, {model.num_classes} classes: {sets}")
     say(
         f"{config.model.name}: {model.img_size} px, {model.summary};"
         f" {plan.steps} steps of {config.train.global_batch} images, {epoch_steps} steps an epoch"

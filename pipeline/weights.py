@@ -1,6 +1,7 @@
 """Where trained weights come from: a run, one of its checkpoints, or an export; told apart by what the folder holds."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ from vitscale.errors import UserError
 from vitscale.model.build import build_network
 from vitscale.model.config import from_dict, to_dict
 from vitscale.model.interop.maps import Tensors
+from vitscale.model.lora import added_up
 from vitscale.model.network import Network
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.distributed import gather
 from vitscale.pipeline.mirror import fetch, reading_folder, shown
+from vitscale.pipeline.run_folder import best_checkpoint
 from vitscale.pipeline.tensor_file import TensorFile
 
 EXPORT_FORMAT = 1
@@ -63,8 +66,8 @@ class Trained:
 
 
 def open_trained(path: str, setting: str, weights: str = "auto") -> Trained:
-    """Find trained weights at `path`, or URL: a run's folder (its newest sound checkpoint), a checkpoint, an export, or
-    what another project left (`open_foreign`).
+    """Find trained weights at `path`, or URL: a run's folder (its newest sound checkpoint, or the best one where it
+    looks for that), a checkpoint, an export, or what another project left (`open_foreign`).
 
     `weights`: `raw`, their Polyak average (`ema`), or the average where there is one (`auto`). Raises `UserError`
     naming `setting` if there are none, or if they are damaged.
@@ -82,7 +85,7 @@ def open_trained(path: str, setting: str, weights: str = "auto") -> Trained:
         if newest is None:
             found = "; ".join(warnings) or "no checkpoint yet"
             raise UserError(setting, f"{path}: {found}", "a run with a sound checkpoint", "Train it first.")
-        folder = newest
+        folder = best_checkpoint(newest)
     if (folder / "state.json").is_file():
         return _open_checkpoint(folder, setting, weights)
     found = "a folder without checkpoints" if folder.is_dir() else "no such folder"
@@ -116,9 +119,22 @@ def _open_checkpoint(folder: Path, setting: str, weights: str) -> Trained:
     def tensors() -> Tensors:
         reader, kind = checkpoint.Reader(folder), checkpoint.EMA if averaged else "weight"
         shapes = {name.removeprefix(NETWORK): s for name, s in reader.shapes.items() if name.startswith(NETWORK)}
-        return Tensors(shapes, lambda name: reader.tensor(NETWORK + name, kind))
+        found = Tensors(shapes, lambda name: reader.tensor(NETWORK + name, kind))
+        try:
+            return added_up(found, _lora_alpha(state))
+        except ValueError as error:
+            remedy = "The checkpoint is damaged: use another one."
+            raise UserError(setting, f"{folder}: {error}", "LoRA's matrices as its recipe has them", remedy) from error
 
     return _trained(setting, folder, state, tensors)
+
+
+def _lora_alpha(state: dict[str, Any]) -> float:
+    """`finetune.lora_alpha` of a checkpoint's recipe, nan where it says nothing sensible."""
+    alpha: Any = state
+    for key in ("recipe", "finetune", "lora_alpha"):
+        alpha = alpha.get(key) if isinstance(alpha, dict) else None
+    return float(alpha) if isinstance(alpha, int | float) else math.nan
 
 
 def _open_export(folder: Path, setting: str) -> Trained:

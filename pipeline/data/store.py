@@ -108,7 +108,7 @@ class Store:
         self._broken: dict[int, tuple[float, UserError]] = {}  # shards that could not be read, and when
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     @property
     def sizes(self) -> list[np.ndarray]:
@@ -140,7 +140,7 @@ class Store:
         """Last component of the first folder's path."""
         return self._datasets[0].folder.url.rsplit("/", 1)[-1]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Digest of the samples and their order."""
         prints = [dataset.fingerprint for dataset in self._datasets]
@@ -158,10 +158,14 @@ class Store:
             "path": first.folder.url, "split": first.split, "samples": len(self), "fingerprint": self.fingerprint
         }  # fmt: skip
 
+    def place(self, number: int) -> tuple[int, int]:
+        """The number of a sample's shard, and its row there."""
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard - 1] if shard else 0)
+
     def read(self, number: int) -> Sample:
         """Read one sample, trying `ATTEMPTS` times. Raises `UserError` naming the shard that cannot be read."""
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        row = number - int(self._ends[shard]) + self._shards[shard][1].samples
+        shard, row = self.place(number)
         if shard in self._broken and time.monotonic() - self._broken[shard][0] < PAUSE:
             raise self._broken[shard][1]
         for attempt in range(ATTEMPTS):

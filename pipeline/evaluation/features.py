@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
 from vitscale.model.network import Network
 from vitscale.pipeline.data import order
-from vitscale.pipeline.data.augment import Preprocess, normalise
-from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, evaluation_batches
+from vitscale.pipeline.data.augment import Preprocess
+from vitscale.pipeline.data.loader import Batch, EvaluationView, LoaderSettings, evaluation_batches
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World, agree, gather
+from vitscale.pipeline.objectives.supervised import Supervised
 
+Represent = Callable[[Batch], Tensor]  # what the classifier sees of a batch, float32 (B, D)
 FORMAT = 1
 DTYPES = ("float32", "float16")
 DONE = "features.json"  # comes last: a folder with it is whole
@@ -81,8 +84,13 @@ def identity(network: Network, preprocess: Preprocess, store: Store, dtype: str 
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return identity_of(digest.hexdigest(), preprocess, store, dtype)
+
+
+def identity_of(weights: str, preprocess: Preprocess, store: Store, dtype: str = "float32") -> dict[str, Any]:
+    """`identity` of weights that have a name."""
     numbers = json.loads(json.dumps(asdict(preprocess)))  # lists, as it will be read back
-    return {"weights": digest.hexdigest(), "preprocess": numbers, "dataset": store.fingerprint, "dtype": dtype}
+    return {"weights": weights, "preprocess": numbers, "dataset": store.fingerprint, "dtype": dtype}
 
 
 def features(
@@ -102,20 +110,41 @@ def features(
     features of other weights, preprocessing or samples never stand in for those asked for. Raises `UserError` on all
     ranks for an empty dataset, naming `setting`, and for features that are not finite (of float16: too large).
     """
-    if not sum(int(sizes.sum()) for sizes in store.sizes):
-        raise UserError(setting, "a dataset without images", "at least one image", "Shard a source that has some.")
+    check_images(store, setting)
     told = gather(identity(network, preprocess, store, dtype) if world.main else None)[0]
+    objective = Supervised(network, preprocess).eval()
+    return features_of(
+        lambda batch: objective(batch, predict="features"), told, store, preprocess, settings, world, root
+    )
+
+
+def features_of(
+    represent: Represent,
+    told: dict[str, Any],
+    store: Store,
+    preprocess: Preprocess,
+    settings: LoaderSettings,
+    world: World,
+    root: Path,
+) -> Features:
+    """`features` by any function of a batch on the device, of which `told` is the identity on all ranks."""
     name = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
     folder = root / f"{store.name}-{name}"
     found = gather(read(folder) is not None if world.main else None)[0]
     if not found:
-        _compute(network, store, preprocess, settings, world, folder, told)
+        _compute(represent, store, preprocess, settings, world, folder, told)
     kept = read(folder)
     remedy = "Give all nodes one folder for results."
     missing = UserError("--out", f"{folder}, which this node cannot see", "a folder that all ranks share", remedy)
     agree(None if kept else missing)
     assert kept is not None
     return kept
+
+
+def check_images(store: Store, setting: str) -> None:
+    """Raise `UserError`, naming `setting`, for a dataset without images."""
+    if not sum(int(sizes.sum()) for sizes in store.sizes):
+        raise UserError(setting, "a dataset without images", "at least one image", "Shard a source that has some.")
 
 
 def read(folder: Path) -> Features | None:
@@ -136,7 +165,7 @@ def read(folder: Path) -> Features | None:
 
 
 def _compute(
-    network: Network,
+    represent: Represent,
     store: Store,
     preprocess: Preprocess,
     settings: LoaderSettings,
@@ -150,7 +179,7 @@ def _compute(
     error = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _write(network, store, preprocess, settings, world, partial, told["dtype"])
+        _write(represent, store, preprocess, settings, world, partial, told["dtype"])
     except UserError as problem:
         error = problem
     except OSError as problem:
@@ -168,9 +197,9 @@ def _compute(
             shutil.rmtree(partial, ignore_errors=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: partitioned weights that were gathered in it could not be trained
 def _write(
-    network: Network,
+    represent: Represent,
     store: Store,
     preprocess: Preprocess,
     settings: LoaderSettings,
@@ -182,10 +211,8 @@ def _write(
     low, high = order.rank_rows(len(store), world.rank, world.size)
     labels, keys = np.zeros(high - low, np.int64), np.zeros(high - low, np.int64)
     values = None
-    weights = next(network.parameters())
     for batch in evaluation_batches(store, EvaluationView(preprocess), settings, world):
-        images_BCYX = normalise(batch["pixels"].to(world.device), preprocess, weights.dtype)
-        found_BD = network.representation(network.forward_features(images_BCYX)).float().cpu().numpy()
+        found_BD = represent(batch).cpu().numpy()
         if values is None:
             name = folder / _name("values", world.rank, world.size)
             shape = (high - low, found_BD.shape[1])

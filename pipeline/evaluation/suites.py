@@ -1,6 +1,7 @@
 """Evaluations beyond accuracy, by name: `vitscale evaluate CHECKPOINT DATASET --suite knn,calibration --train …`."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from vitscale.pipeline.evaluation import fewshot as few
 from vitscale.pipeline.evaluation import knn as nearest
 from vitscale.pipeline.evaluation import linear as probing
 from vitscale.pipeline.evaluation import robustness as robust
-from vitscale.pipeline.evaluation.features import Features, features
+from vitscale.pipeline.evaluation.features import Features, check_images, features
 from vitscale.pipeline.evaluation.outcomes import Outcomes, in_order, outcomes
 from vitscale.pipeline.mirror import shown
 from vitscale.pipeline.objectives.supervised import Supervised
@@ -32,7 +33,8 @@ Values = Iterator[tuple[str, Any]]
 
 @dataclass(frozen=True)
 class Task:
-    """A checkpoint, what it is evaluated on, and what training features come from; `name` for files beside results."""
+    """A checkpoint, what it is evaluated on, and what training features come from; `name` for files beside results, of
+    which there are none without it."""
 
     trained: Trained
     store: Store
@@ -41,6 +43,11 @@ class Task:
     world: World
     folder: Path
     name: str
+
+    @property
+    def working(self) -> AbstractContextManager[Any]:
+        """What is entered while a rank works on features, or waits for one that does."""
+        return nullcontext()
 
     @cached_property
     def objective(self) -> Supervised:
@@ -68,9 +75,10 @@ def knn(task: Task, option: str) -> Values:
     """Weighted k nearest neighbours, each rank with its share of the images."""
     (train, test), world = task.features, task.world
     low, high = order.rank_rows(len(test), world.rank, world.size)
-    own = dict(nearest.knn(train, test, len(task.store.classes), range(low, high), device=world.device))
-    columns = torch.from_numpy(np.stack(list(own.values()), axis=1))
-    whole = in_order([(torch.arange(low, high), columns)], len(test), len(own), world)
+    with task.working:
+        own = dict(nearest.knn(train, test, len(task.store.classes), range(low, high), device=world.device))
+        columns = torch.from_numpy(np.stack(list(own.values()), axis=1))
+        whole = in_order([(torch.arange(low, high), columns)], len(test), len(own), world)
     yield from zip(own, whole.T, strict=True)
 
 
@@ -79,19 +87,19 @@ def fewshot(task: Task, option: str) -> Values:
     train, test = task.features
     l2s = few.GRID if option == "grid" else (few.L2,)
     classes, device = len(task.store.classes), task.world.device
-    yield from _alone(task.world, lambda: few.fewshot(train, test, classes, l2s=l2s, device=device))
+    yield from _alone(task, lambda: few.fewshot(train, test, classes, l2s=l2s, device=device))
 
 
 def linear(task: Task, option: str) -> Values:
     """Linear classifiers on features: SGD, and logistic regression."""
     train, test = task.features
-    yield from _alone(task.world, lambda: probing.linear(train, test, len(task.store.classes), task.world.device))
+    yield from _alone(task, lambda: probing.linear(train, test, len(task.store.classes), task.world.device))
 
 
 def calibration(task: Task, option: str) -> Values:
     """Calibration and accuracy by class, and a plot of reliability beside the results."""
     found, classes = task.outcomes, task.trained.classes
-    if task.world.main:
+    if task.world.main and task.name:
         table = calibrating.reliability(found.confidence, (found.best == found.label).astype(np.float64))
         task.folder.mkdir(parents=True, exist_ok=True)
         calibrating.reliability_plot(task.folder / f"{task.name}-reliability.png", table, task.name)
@@ -128,19 +136,20 @@ SUITES: dict[str, Callable[[Task, str], Values]] = {
 ON_FEATURES = ("knn", "fewshot", "linear")  # those need --train, and no classes of the checkpoint's
 
 
-def parse(text: str) -> dict[str, str]:
-    """`knn,corruptions=fog+snow` → {"knn": "", "corruptions": "fog+snow"}. Raises `UserError` for what there is not."""
+def parse(text: str, setting: str = "--suite") -> dict[str, str]:
+    """`knn,corruptions=fog+snow` → {"knn": "", "corruptions": "fog+snow"}. Raises `UserError`, naming `setting`, for
+    what there is not."""
     chosen: dict[str, str] = {}
     for each in text.split(","):
         name, _, option = each.strip().partition("=")
         if name not in SUITES or name in chosen:
             got = f"{name or 'nothing'}{' twice' if name in chosen else ''}"
-            raise UserError("--suite", got, f"some of {', '.join(SUITES)}", "Separate them with commas.")
+            raise UserError(setting, got, f"some of {', '.join(SUITES)}", "Separate them with commas.")
         allowed = {"fewshot": ("", "grid"), "real": None, "corruptions": None}.get(name, ("",))
         if allowed is not None and option not in allowed:
-            raise UserError("--suite", each, " or ".join([name, *(f"{name}={o}" for o in allowed if o)]), "Change it.")
+            raise UserError(setting, each, " or ".join([name, *(f"{name}={o}" for o in allowed if o)]), "Change it.")
         if name == "real" and not option:
-            raise UserError("--suite", "real without a file", "real=FILE", "Name the file of labels.")
+            raise UserError(setting, "real without a file", "real=FILE", "Name the file of labels.")
         chosen[name] = option
     return chosen
 
@@ -157,8 +166,7 @@ def check(chosen: dict[str, str], trained: Trained, store: Store, train: Store |
     for setting, each in (("DATASET", store), ("--train", train)):
         if each is None:
             continue
-        if not sum(int(sizes.sum()) for sizes in each.sizes):
-            raise UserError(setting, "a dataset without images", "at least one image", "Shard a source that has some.")
+        check_images(each, setting)
         if each.multi:
             got = f"{each.describe()['path']}, with several labels an image"
             raise UserError(setting, got, "one label an image for --suite", "Evaluate it without --suite.")
@@ -181,13 +189,14 @@ def run(chosen: dict[str, str], task: Task) -> Iterator[tuple[str, dict[str, Any
             gather(None)
 
 
-def _alone(world: World, work: Callable[[], Values]) -> Values:
+def _alone(task: Task, work: Callable[[], Values]) -> Values:
     """What rank 0 finds, while the others wait; they get nothing."""
     error, found = None, []
-    if world.main:
-        try:
-            found = list(work())
-        except UserError as problem:
-            error = problem
-    agree(error)
+    with task.working:
+        if task.world.main:
+            try:
+                found = list(work())
+            except UserError as problem:
+                error = problem
+        agree(error)
     yield from found

@@ -1,6 +1,7 @@
 """Classification by softmax or sigmoid cross-entropy, of images with one label or several."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class Supervised(nn.Module):
     In training mode `augment` changes the batch first, and needs more of it; where it mixes labels, a row is correct if
     it has the one of the larger share, its own at equal ones (of several labels, one with half a share or more). There
     too, branches and patches are dropped as `model.config` says, drawn from `seed` and the batch's `key` and `epoch`.
-    With `predict=True` it returns float32 logits (B, K), and needs the pixels alone.
+    With `predict=True` it returns float32 logits (B, K), with `predict="features"` what the classifier sees, in float32
+    (B, D), and needs the pixels alone.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class Supervised(nn.Module):
         self.model, self.preprocess, self.label_smoothing = model, preprocess, label_smoothing
         self.augment, self.loss, self.seed = augment, loss, seed
 
-    def forward(self, batch: dict[str, Tensor], predict: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: dict[str, Tensor], predict: bool | Literal["features"] = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         pixels, targets_BK = batch["pixels"], batch.get("targets")
         training = self.training and not predict
         if self.augment and training:
@@ -47,12 +51,25 @@ class Supervised(nn.Module):
             targets_BK = targets_BK if mixed_BK is None else mixed_BK
         dtype = next(self.model.parameters()).dtype
         images_BCYX = normalise(pixels, self.preprocess, dtype)
+        if predict == "features":
+            return self._representation(images_BCYX).float()
         logits_BK = self.model(images_BCYX, **(self._kept(batch) if training else {})).float()
         if predict:
             return logits_BK
         losses = label_losses(logits_BK, batch["label"], targets_BK, self.loss, self.label_smoothing)
         correct = _correct(logits_BK.detach().argmax(dim=1), batch, targets_BK)
         return (losses * batch["weight"]).sum(), {"top1": torch.dot(correct.float(), batch["weight"])}
+
+    def _representation(self, images_BCYX: Tensor) -> Tensor:
+        """What the classifier sees, (B, D): `Network.representation`, caught in passing, so that modules are called
+        as for logits: under ZeRO-3 each gathers its weights when it is."""
+        seen: list[Tensor] = []
+        hook = self.model.get_submodule("head").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            self.model(images_BCYX)
+        finally:
+            hook.remove()
+        return seen[0].flatten(1)  # a convolution sees it as a map of one place
 
     def _kept(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's further arguments: factors of branches, and numbers of patches, where some are dropped."""

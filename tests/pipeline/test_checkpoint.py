@@ -48,7 +48,7 @@ def test_weights_and_any_range_read_back(tmp_path: Path) -> None:
     assert torch.equal(reader.tensor("model.a"), torch.arange(12.0).reshape(3, 4))
     assert torch.equal(reader.tensor("model.b", "exp_avg"), 2 * (torch.arange(5.0) + 100))
     assert set(reader.shapes) == {"model.a", "model.b", "other"}
-    assert not reader.averaged
+    assert torch.equal(reader.tensor("model.a", "ema"), reader.tensor("model.a"))  # no average is kept
     for low in range(12):
         for high in range(low, 13):
             out = torch.full((high - low,), -1.0)

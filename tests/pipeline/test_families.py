@@ -11,7 +11,7 @@ from vitscale.model.build import build_network, initial_rules
 from vitscale.model.config import ArchitectureConfig, MixerConfig, ResNetConfig, SwinConfig, ViTConfig
 from vitscale.model.initial import initial_weight
 from vitscale.pipeline.config import EngineConfig, OptimConfig
-from vitscale.pipeline.data.augment import Preprocess
+from vitscale.pipeline.data.augment import Preprocess, normalise
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.engine import Engine
 from vitscale.pipeline.objectives.supervised import Supervised
@@ -100,3 +100,15 @@ def test_every_family_trains_partitioned_as_alone(ranks: Callable[..., Any]) -> 
         assert len(set(expected)) == STEPS
         for stage in (2, 3):
             assert got[f"{name} at stage {stage}"] == pytest.approx(expected, abs=1e-4), f"{name} at stage {stage}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_are_what_the_classifier_sees(name: str) -> None:
+    network: Any = build_network(FAMILIES[name], seed=0)
+    objective = Supervised(network, Preprocess(SIDE, 1.0)).eval()
+    with torch.no_grad():
+        found = objective(batch(0), predict="features")
+        images_BCYX = normalise(batch(0)["pixels"], objective.preprocess, torch.float32)
+        assert torch.equal(found, network.representation(network.forward_features(images_BCYX)))
+    assert found.shape[0] == BATCH
+    assert found.dtype == torch.float32

@@ -83,7 +83,7 @@ def test_a_run_that_cannot_recover_stops_and_its_incidents_are_repeated(
 class BadData(Supervised):
     """A loss that is not a number for some samples in the first epoch."""
 
-    def forward(self, batch: dict[str, torch.Tensor], predict: bool = False) -> Any:
+    def forward(self, batch: dict[str, torch.Tensor], predict: Any = False) -> Any:
         out = super().forward(batch, predict)
         if predict or not self.training:
             return out

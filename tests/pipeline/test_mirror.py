@@ -107,7 +107,7 @@ def test_a_run_in_a_store_goes_on_exactly_after_a_kill(
     assert said.returncode == 0, said.stderr
     assert "going on from step" in said.stdout
     assert f"{url}/checkpoints/step-000000" in said.stdout
-    assert f"trained to step 12: {url}" in said.stdout
+    assert f"trained to step 12 of 12: {url}" in said.stdout
     fetched = {key.split("/")[-1]: times for key, times in gets().items() if key.endswith(".safetensors")}
     assert fetched == {"rank-00000.safetensors": 1, "rank-00001.safetensors": 1}
     assert left(scratch) == []
