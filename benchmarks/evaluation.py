@@ -1,11 +1,13 @@
 """What evaluations cost beside what they cannot do without: `python benchmarks/evaluation.py` on one core.
 
-Features beside the bare forward of the same images, k-nearest neighbours beside the matrix product alone, and
-corruptions in milliseconds. Rounds of the two that are compared alternate, as other work on a machine comes and goes.
+Features and predictions of files beside the bare forward of the same images, k-nearest neighbours beside the matrix
+product alone, and corruptions in milliseconds. Rounds of the two that are compared alternate, as other work on a
+machine comes and goes.
 """
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -22,6 +24,8 @@ from vitscale.data_prep.config import ShardConfig
 from vitscale.data_prep.digits import write_digits
 from vitscale.data_prep.shard import shard
 from vitscale.model.config import ViTConfig
+from vitscale.model.interop.maps import Tensors
+from vitscale.model.network import Network
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline.data.augment import Preprocess, normalise
 from vitscale.pipeline.data.loader import LoaderSettings
@@ -31,6 +35,9 @@ from vitscale.pipeline.evaluation.corruption_kinds import KINDS
 from vitscale.pipeline.evaluation.corruptions import corrupt
 from vitscale.pipeline.evaluation.features import features, of_arrays
 from vitscale.pipeline.evaluation.knn import CHUNK, knn
+from vitscale.pipeline.inference import Classifier
+from vitscale.pipeline.prediction import find_files, predict_files
+from vitscale.pipeline.weights import Trained
 
 ROUNDS, SIDE, MICRO_BATCH = 3, 96, 32
 
@@ -47,25 +54,62 @@ def ratio(ours: Callable[[], object], bare: Callable[[], object]) -> dict[str, f
     return {"seconds": round(one, 3), "bare_seconds": round(other, 3), "ratio": round(one / other, 3)}
 
 
-def of_features(folder: Path) -> dict[str, float]:
-    """ViT-S/16 at 96 px on 359 images, written to a new folder each time, beside forwards of pixels in memory."""
-    write_digits(folder / "images")
-    shard(str(folder / "images" / "test"), str(folder / "shards"), ShardConfig())
-    model = ViTConfig(img_size=SIDE, patch_size=16, depth=12, width=384, mlp_width=1536, heads=6, num_classes=10)
-    network, preprocess = VisionTransformer(model).eval(), Preprocess(SIDE, 1.0)
-    store, world = Store(str(folder / "shards"), "DATASET"), World(0, 1, 0, torch.device("cpu"))
-    pixels = torch.zeros(MICRO_BATCH, SIDE, SIDE, 3, dtype=torch.uint8)
-    settings = LoaderSettings(MICRO_BATCH, 1)
+def network_of(depth: int, width: int) -> Network:
+    """A ViT for images of 96 px with patches of 16: ViT-S/16 with 12 blocks of width 384."""
+    model = ViTConfig(
+        img_size=SIDE,
+        patch_size=16,
+        depth=depth,
+        width=width,
+        mlp_width=4 * width,
+        heads=width // 64,
+        num_classes=10,
+    )
+    return VisionTransformer(model).eval()
+
+
+def forward(network: Network, images: int) -> Callable[[], None]:
+    """Forwards of pixels in memory."""
+    pixels, preprocess = torch.zeros(MICRO_BATCH, SIDE, SIDE, 3, dtype=torch.uint8), Preprocess(SIDE, 1.0)
 
     @torch.inference_mode()
     def bare() -> None:
-        for _ in range(-(-len(store) // MICRO_BATCH)):
-            network.representation(network.forward_features(normalise(pixels, preprocess)))
+        for _ in range(-(-images // MICRO_BATCH)):
+            network(normalise(pixels, preprocess))
+
+    return bare
+
+
+def of_features(folder: Path) -> dict[str, float]:
+    """ViT-S/16 on 359 images, written to a new folder each time."""
+    shard(str(folder / "images" / "test"), str(folder / "shards"), ShardConfig())
+    network, preprocess = network_of(12, 384), Preprocess(SIDE, 1.0)
+    store, world = Store(str(folder / "shards"), "DATASET"), World(0, 1, 0, torch.device("cpu"))
+    settings = LoaderSettings(MICRO_BATCH, 1)
 
     def ours() -> None:
         features(network, store, preprocess, settings, world, Path(tempfile.mkdtemp(dir=folder)))
 
-    return ratio(ours, bare)
+    return ratio(ours, forward(network, len(store)))
+
+
+def of_predictions(folder: Path, depth: int, width: int) -> dict[str, float]:
+    """Classes of 2,154 image files, read and decoded by one process beside this one, in a Parquet file."""
+    images = folder / f"images-{width}"
+    for copy in range(6):
+        shutil.copytree(folder / "images" / "test", images / str(copy))
+    network, preprocess = network_of(depth, width), Preprocess(SIDE, 1.0)
+    classes = [str(number) for number in range(10)]
+    state = network.state_dict()
+    tensors = Tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
+    classifier = Classifier(Trained(folder, network.config, classes, preprocess, {}, lambda: tensors))
+    files = find_files([str(images)], "FILES", preprocess, MICRO_BATCH, 1)
+
+    def ours() -> None:
+        predict_files(classifier, files, folder / "out.parquet", 3, lambda done, total, text="": None)
+
+    found = ratio(ours, forward(network, files.count))
+    return {**found, "images_per_minute": round(60 * files.count / found["seconds"])}
 
 
 def of_neighbours() -> dict[str, float]:
@@ -98,7 +142,14 @@ def of_corruptions() -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = {"features": of_features(Path(folder)), "knn": of_neighbours(), "corruptions_ms": of_corruptions()}
+        write_digits(Path(folder) / "images")
+        found = {
+            "features": of_features(Path(folder)),
+            "predictions": of_predictions(Path(folder), 12, 384),
+            "predictions_small": of_predictions(Path(folder), 4, 128),
+            "knn": of_neighbours(),
+            "corruptions_ms": of_corruptions(),
+        }
     print(json.dumps(found, indent=1))
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The commands of trained networks: `vitscale evaluate`, `predict` and `export`; and `models`."""
+"""The commands of trained networks: `vitscale evaluate`, `compare`, `predict`, `embed` and `export`; and `models`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +8,8 @@ import typer
 from vitscale.errors import UserError
 from vitscale.launch.options import Debug, Nproc, Weights
 from vitscale.launch.stage import run_ranks, stage
+
+DEVICES, WEIGHTS = ("auto", "cpu", "cuda"), ("auto", "raw", "ema")
 
 
 @stage
@@ -24,6 +26,10 @@ def evaluate(
         typer.Option(help="More: knn, fewshot, linear, calibration, real=FILE, corruptions, robustness."),
     ] = "",
     train: Annotated[str, typer.Option(help="Dataset of training features, for knn, fewshot and linear.")] = "",
+    class_map: Annotated[
+        str,
+        typer.Option(help="For a dataset of other classes: a file that maps them to the checkpoint's, or `subset`."),
+    ] = "",
     nproc: Nproc = 1,
     debug: Debug = False,
 ) -> None:
@@ -39,13 +45,13 @@ def evaluate(
     from vitscale.pipeline.mirror import shown
 
     def work(world: Any) -> None:
+        settings = LoaderSettings(micro_batch, workers)
         if suite:
-            settings = LoaderSettings(micro_batch, workers)
-            suite_results.evaluate(checkpoint, dataset, suite, train, weights, out, settings, world)
+            suite_results.evaluate(checkpoint, dataset, suite, train, weights, out, settings, world, class_map)
             return
-        trained, store = evaluation.check_alike(checkpoint, dataset, weights)
+        trained, store = evaluation.check_alike(checkpoint, dataset, weights, class_map)
         path = Path(out) if out else evaluation.results_path(trained, store)
-        results = evaluation.evaluate(trained, store, LoaderSettings(micro_batch, workers), world)
+        results = evaluation.evaluate(trained, store, settings, world)
         if world.main:
             for note in trained.notes:
                 say(note)
@@ -55,43 +61,122 @@ def evaluate(
             say(f"{shown(trained.path)} on {dataset}: {'  '.join(shares)}")
             for line in evaluation.confusion_lines(results):
                 say(line)
-            say(f"{results['images']:,} images; all of this in {shown(path)}")
+            say(f"{results['images']:,} images; {evaluation.written(path)}")
 
     def check() -> None:
         if suite:
-            suite_results.check(checkpoint, dataset, suite, train, weights)
+            suite_results.check(checkpoint, dataset, suite, train, weights, class_map)
         else:
-            evaluation.check(checkpoint, dataset, weights)
+            evaluation.check(checkpoint, dataset, weights, class_map)
 
-    require_choice("--device", device, ("auto", "cpu", "cuda"))
-    require_choice("--weights", weights, ("auto", "raw", "ema"))
+    require_choice("--device", device, DEVICES)
+    require_choice("--weights", weights, WEIGHTS)
     if train and not suite:
         raise UserError("--train", train, "nothing without --suite", "Add --suite knn, or leave it out.")
     run_ranks(work, check, nproc, device, "--device")
 
 
 @stage
-def predict(
-    trained: Annotated[str, typer.Argument(metavar="EXPORT", help="An export; a run or a checkpoint will do.")],
-    files: Annotated[list[str], typer.Argument(help="Image files.")],
-    top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 3,
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Runs, checkpoints, exports, or files results.parquet.")],
+    metric: Annotated[
+        str, typer.Option(help="Numbers such as top1, calibration/ece or 'knn/*', with commas between.")
+    ] = "",
+    form: Annotated[str, typer.Option("--format", help="text, markdown, latex or json.")] = "text",
+    plot: Annotated[str, typer.Option(help="Also draw them, with their intervals, as this PNG file.")] = "",
     debug: Debug = False,
 ) -> None:
-    """Class names and probabilities of image files.
+    """What evaluations left of several checkpoints, as one table with confidence intervals.
+
+    Example: `vitscale compare runs/a runs/b --metric top1,calibration/ece --format markdown`
+    """
+    from vitscale.pipeline.config import require_choice
+    from vitscale.pipeline.console import say
+    from vitscale.pipeline.evaluation import compare as comparing
+
+    require_choice("--format", form, tuple(comparing.FORMATS))
+    found = comparing.compare(runs, metric)
+    if plot:
+        comparing.plot(found, Path(plot))
+    say(comparing.FORMATS[form](found))
+
+
+@stage
+def predict(
+    trained: Annotated[str, typer.Argument(metavar="EXPORT", help="An export; a run or a checkpoint will do.")],
+    files: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 3,
+    out: Annotated[str, typer.Option(help="Table to write instead of printing: .parquet, .csv or .jsonl.")] = "",
+    micro_batch: Annotated[int, typer.Option(min=1, help="With --out: images of one forward.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="With --out: processes that read images.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Class names and probabilities of image files; with --out of any number of them.
 
     Example: `vitscale predict exported cat.jpg dog.png`
     """
-    from vitscale.pipeline.console import say
+    from vitscale.pipeline.config import require_choice
+    from vitscale.pipeline.console import progress, say
+    from vitscale.pipeline.distributed import use_cuda
+    from vitscale.pipeline.image_files import image_files
     from vitscale.pipeline.inference import Classifier
+    from vitscale.pipeline.prediction import find_files, predict_files
+    from vitscale.pipeline.table_files import check_table
     from vitscale.pipeline.weights import open_trained
 
+    require_choice("--device", device, DEVICES)
+    path = check_table(out, "--out") if out else None
     found = open_trained(trained, "EXPORT")
+    images = find_files(files, "FILES", found.preprocess, micro_batch, workers)
     for note in found.notes:
         say(note)
-    classifier = Classifier(found)
-    for file, prediction in zip(files, classifier.predict(files, top), strict=True):
+    classifier = Classifier(found, "cuda" if use_cuda(device, 1, "--device") else "cpu")
+    if path:
+        with progress("predicting") as advance:
+            tally = predict_files(classifier, images, path, top, advance)
+        say(f"{tally}; classes in {path}")
+        return
+    for file in image_files(files):
+        (prediction,) = classifier.predict([file], top)
         rows = zip(prediction.classes, prediction.probabilities, strict=True)
         say(f"{file}: " + "  ".join(f"{name} {probability:.1%}" for name, probability in rows))
+
+
+@stage
+def embed(
+    checkpoint: Annotated[str, typer.Argument(help="A run, a checkpoint or an export.")],
+    source: Annotated[str, typer.Argument(help="Folder that `vitscale shard` wrote, a folder of images, or an image.")],
+    out: Annotated[str, typer.Argument(help="File to write: .parquet.")],
+    dtype: Annotated[str, typer.Option(help="Of the features: float32 or float16.")] = "float32",
+    micro_batch: Annotated[int, typer.Option(min=1, help="Images of one forward on each rank.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes of each rank.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    weights: Weights = "auto",
+    nproc: Nproc = 1,
+    debug: Debug = False,
+) -> None:
+    """Features of images, what the classifier of a network sees of each, a row an image.
+
+    Example: `vitscale embed runs/a shards/test features.parquet`
+    """
+    from vitscale.pipeline import embed as embedding
+    from vitscale.pipeline.config import require_choice
+    from vitscale.pipeline.table_files import check_table
+
+    require_choice("--device", device, DEVICES)
+    require_choice("--weights", weights, WEIGHTS)
+    require_choice("--dtype", dtype, embedding.DTYPES)
+    settings = embedding.Settings(dtype, micro_batch, workers, weights)
+    path = check_table(out, "OUT", (".parquet",))
+
+    def work(world: Any) -> None:
+        embedding.embed(checkpoint, source, path, settings, world)
+
+    def check() -> None:
+        embedding.check(checkpoint, source, weights, nproc)
+
+    run_ranks(work, check, nproc, device, "--device")
 
 
 @stage
@@ -117,7 +202,7 @@ def export(
     from vitscale.pipeline.console import say
     from vitscale.pipeline.export import export as run
 
-    require_choice("--weights", weights, ("auto", "raw", "ema"))
+    require_choice("--weights", weights, WEIGHTS)
     chosen = [name.strip() for name in formats.split(",")]
     exported = run(source, out, chosen, weights=weights, dtype=dtype, dynamic_size=dynamic_size, licence=licence)
     for note in exported[0].notes:
@@ -156,5 +241,5 @@ def models(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `vitscale`."""
-    for command in (evaluate, predict, export, models):
+    for command in (evaluate, compare, predict, embed, export, models):
         app.command()(command)

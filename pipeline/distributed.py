@@ -101,9 +101,7 @@ def launcher_place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:  # a batch script has the first alone, and starts no ranks
         job_and_step = int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])  # two steps of a job may run at once
         os.environ.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-        os.environ.setdefault(
-            "MASTER_PORT", str(20_000 + job_and_step % 12_000)
-        )  # Linux itself uses 32,768 and more
+        os.environ.setdefault("MASTER_PORT", str(20_000 + job_and_step % 12_000))  # Linux itself uses 32,768 and more
         local_size = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]
         return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), local_size
     return None

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vitscale.data_prep.decode import ImageRejected, decode_rgb
+from vitscale.data_prep.decode import ImageRejected
 from vitscale.errors import UserError
 from vitscale.pipeline.data.augment import Pixels, normalise
+from vitscale.pipeline.image_files import read_image
 from vitscale.pipeline.weights import Trained, open_trained
+
+TOGETHER = 32  # images of one forward
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,48 @@ class Classifier:
         self.device = torch.device(device)
         self.network = trained.load().to(self.device)
 
-    @torch.inference_mode()
     def probabilities(self, images: Sequence[Pixels]) -> torch.Tensor:
         """Class probabilities (B, K) of decoded images, uint8 arrays (Y, X, 3) of any size."""
-        pixels = torch.from_numpy(np.stack([self.preprocess.view(image) for image in images])).to(self.device)
-        return self.network(normalise(pixels, self.preprocess)).softmax(dim=1).cpu()
+        return self.probabilities_of(self._views(images))
+
+    @torch.inference_mode()
+    def probabilities_of(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Class probabilities (B, K), on the CPU, of model input, uint8 (B, Y, X, 3)."""
+        return self.network(normalise(pixels.to(self.device), self.preprocess)).softmax(dim=1).cpu()
+
+    @torch.inference_mode()
+    def features_of(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the classifier sees (B, D), on the CPU, of model input, uint8 (B, Y, X, 3)."""
+        images_BCYX = normalise(pixels.to(self.device), self.preprocess)
+        return self.network.representation(self.network.forward_features(images_BCYX)).float().cpu()
 
     def predict(self, files: Iterable[str | Path], top: int = 5) -> list[Prediction]:
         """The `top` classes of each image file. Raises `UserError` naming a file that is missing or no image."""
         predictions = []
         for file in files:
-            values, labels = self.probabilities([read_image(file)])[0].topk(min(top, len(self.classes)))
+            values, labels = self.probabilities([_read(file)])[0].topk(min(top, len(self.classes)))
             predictions.append(Prediction([self.classes[label] for label in labels.tolist()], values.tolist()))
         return predictions
+
+    def embed(self, files: Iterable[str | Path]) -> torch.Tensor:
+        """Features (B, D) of image files, float32: what the classifier sees of each.
+
+        Raises `UserError` naming a file that is missing or no image.
+        """
+        names = list(files)
+        features_BD = torch.empty(len(names), self.width())
+        for first in range(0, len(names), TOGETHER):
+            some = [_read(file) for file in names[first : first + TOGETHER]]
+            features_BD[first : first + TOGETHER] = self.features_of(self._views(some))
+        return features_BD
+
+    def width(self) -> int:
+        """D of features."""
+        side = self.preprocess.img_size
+        return self.features_of(torch.zeros(1, side, side, 3, dtype=torch.uint8)).shape[1]
+
+    def _views(self, images: Sequence[Pixels]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([self.preprocess.view(image) for image in images]))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Classifier:
@@ -49,10 +81,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Classifier:
     return Classifier(open_trained(str(path), "path"), device)
 
 
-def read_image(file: str | Path) -> Pixels:
-    """An image file as upright RGB (Y, X, 3). Raises `UserError` if it is missing or no image."""
+def _read(file: str | Path) -> Pixels:
     try:
-        return decode_rgb(Path(file).read_bytes())
+        return read_image(file)
     except OSError as error:
         raise UserError("FILES", f"{file}: {error.strerror}", "an image file", "Check the path.") from error
     except ImageRejected as reason:

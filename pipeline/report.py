@@ -97,6 +97,8 @@ def run_page(run: Path) -> RunPage:
     classifier = Classifier(trained)
     for path in sorted((run / "evaluations").glob("*.json")):
         results = json.loads(path.read_text())
+        if "top1" not in results:  # features alone, of a dataset with other classes
+            continue
         matrix = results.pop("confusion")
         drawn = matrix and len(matrix) <= MOST_MATRIX_CLASSES
         page.evaluations.append({**results, "figure": confusion_figure(matrix, results["classes"]) if drawn else ""})
@@ -118,7 +120,7 @@ def sample_predictions(classifier: Classifier, dataset: dict[str, Any]) -> list[
     return [
         SamplePrediction(
             _picture(image),
-            ", ".join(classifier.classes[label] for label in sample.labels),
+            ", ".join(store.classes[label] for label in sample.labels),
             classifier.classes[index],
             probability,
         )

@@ -1,6 +1,9 @@
-"""Confidence intervals by the bootstrap (Efron 1979): percentiles of what resampled images come to."""
+"""Confidence intervals by the bootstrap (Efron 1979): percentiles of what resampled images come to; and of shares alone
+by Wilson's score (1927)."""
 
+import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -60,3 +63,12 @@ def mean_intervals(values_NM: Numbers, seed: int = 0, resamples: int = RESAMPLES
     means = resampled_sums(values_NM, seed, resamples) / len(values_NM)
     ends = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return [Interval(*map(float, each)) for each in zip(values_NM.mean(axis=0), *ends, strict=True)]
+
+
+def wilson(share: float, images: int) -> Interval:
+    """A share of `images` with its score interval at `LEVEL` (Wilson 1927), which a share of 0 or 1 has too."""
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    scale = 1 + z * z / images
+    middle = (share + z * z / (2 * images)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))

@@ -1,15 +1,11 @@
 """`vitscale evaluate … --suite`: suites on a checkpoint, and the files of what they find."""
 
-import fcntl
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from vitscale.data_prep.publish import publish
 from vitscale.errors import UserError
 from vitscale.pipeline.console import say
 from vitscale.pipeline.data.loader import LoaderSettings
@@ -17,35 +13,45 @@ from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.evaluation import stage, suites
 from vitscale.pipeline.evaluation.bootstrap import Interval, mean_intervals
-from vitscale.pipeline.mirror import send, shown
+from vitscale.pipeline.evaluation.class_map import mapped
+from vitscale.pipeline.mirror import shown
 from vitscale.pipeline.weights import Trained, open_trained
 
-ROWS = pa.schema(
-    [
-        ("checkpoint", pa.string()),
-        ("dataset", pa.string()),
-        ("suite", pa.string()),
-        ("name", pa.string()),
-        ("value", pa.float64()),
-        ("ci_low", pa.float64()),  # null where there is no interval
-        ("ci_high", pa.float64()),
-    ]
-)
 SHOWN = 16  # lines of a suite on the screen
 DETAIL = re.compile(r"^(bin\d|class/)|_[1-5]$|_top5$|_(20|30|40|60|70|80)$|_l2_")  # not shown there
 
 
-def check(source: str, dataset: str, suite: str, train: str, weights: str) -> tuple[Trained, Store, Store | None]:
-    """Open everything. Raises `UserError` for what the suites could not do."""
+def check(
+    source: str, dataset: str, suite: str, train: str, weights: str, class_map: str = ""
+) -> tuple[Trained, Store, Store | None]:
+    """Open everything. Raises `UserError` for what the suites could not do.
+
+    With `class_map` the checkpoint is a classifier of the dataset's classes, which suites on features do not ask for.
+    """
     chosen = suites.parse(suite)
     trained, store = open_trained(source, "CHECKPOINT", weights), Store(dataset, "DATASET")
     train_store = Store(train, "--train") if train else None
+    classify = set(chosen) - set(suites.ON_FEATURES)
+    if class_map and not classify:
+        expected = "nothing for suites on features alone"
+        raise UserError("--class-map", class_map, expected, "Leave it out: they take datasets of any classes.")
+    trained = mapped(trained, store.classes, class_map) if class_map else trained
+    if classify:
+        stage.check_same_classes(trained, store)
     suites.check(chosen, trained, store, train_store)
     return trained, store, train_store
 
 
 def evaluate(
-    source: str, dataset: str, suite: str, train: str, weights: str, out: str, settings: LoaderSettings, world: World
+    source: str,
+    dataset: str,
+    suite: str,
+    train: str,
+    weights: str,
+    out: str,
+    settings: LoaderSettings,
+    world: World,
+    class_map: str = "",
 ) -> None:
     """Run suites on all ranks together; rank 0 writes the results and says what they are.
 
@@ -53,27 +59,25 @@ def evaluate(
     """
     suites.parse(suite)
     found = gather(shown(open_trained(source, "CHECKPOINT", weights).path))[0]
-    trained, store, train_store = check(found, dataset, suite, train, weights)
+    trained, store, train_store = check(found, dataset, suite, train, weights, class_map)
     path = Path(out) if out else stage.results_path(trained, store)
     task = suites.Task(trained, store, train_store, settings, world, path.parent, path.stem)
     if store.classes == trained.classes:
         results = stage.evaluate(trained, store, settings, world)
     else:
-        results = {"origin": trained.origin, "dataset": store.describe(), "classes": store.classes}
+        results = {**stage.about(trained, store), "classes": store.classes, "images": len(store), "suites": {}}
     found_by = suites.run(suites.parse(suite), task)
     measured = {name: with_intervals(values) if world.main else {} for name, values in found_by}
     if world.main:
-        results["suites"] = {name: {key: _json(value) for key, value in of.items()} for name, of in measured.items()}
+        results["suites"] |= measured
         stage.write_results(results, path)
-        rows = path.with_name("results.parquet")
-        add_rows(rows, shown(trained.path), store.describe()["path"], measured)
         for note in trained.notes:
             say(note)
         for name, values in measured.items():
             say(f"{name} of {shown(trained.path)} on {dataset}:")
             for line in lines(values):
                 say(f"  {line}")
-        say(f"{len(store):,} images; all of this in {shown(path)}, a row for each number in {shown(rows)}")
+        say(f"{len(store):,} images; {stage.written(path)}")
 
 
 def with_intervals(values: dict[str, Any]) -> dict[str, Any]:
@@ -98,32 +102,3 @@ def lines(values: dict[str, Any]) -> list[str]:
             found.append(f"{name:{width}}  {value:.4g}")
     left = len(values) - len(found)
     return [*found, *([f"and {left:,} more"] if left else [])]
-
-
-def add_rows(path: Path, checkpoint: str, dataset: str, measured: dict[str, dict[str, Any]]) -> None:
-    """Put rows into a Parquet file, in place of those of the same checkpoint, dataset and suite.
-
-    Whole or not at all, and one process after the other. Raises `UserError` if it cannot be written.
-    """
-    rows = []
-    for suite, values in measured.items():
-        for name, value in values.items():
-            ends = value if isinstance(value, Interval) else Interval(float(value), np.nan, np.nan)
-            ends = [None if np.isnan(each) else each for each in ends]
-            rows.append(dict(zip(ROWS.names, (checkpoint, dataset, suite, name, *ends), strict=True)))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            kept = pq.read_table(path, schema=ROWS).to_pylist() if path.exists() else []
-            kept = [row for row in kept if (row["checkpoint"], row["dataset"]) != (checkpoint, dataset)
-                    or row["suite"] not in measured]  # fmt: skip
-            with publish(path) as file:
-                pq.write_table(pa.Table.from_pylist(kept + rows, schema=ROWS), file)
-        send(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError("--out", f"{path}: {error}", "a file that can be written", "Choose another.") from error
-
-
-def _json(value: Any) -> Any:
-    return value._asdict() if isinstance(value, Interval) else value

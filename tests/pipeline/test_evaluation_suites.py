@@ -10,35 +10,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from tests.pipeline.exports import write_export
 from vitscale.errors import UserError
-from vitscale.model.config import ViTConfig
-from vitscale.model.vit import VisionTransformer
-from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.loader import LoaderSettings
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.evaluation import suite_results
-from vitscale.pipeline.evaluation.bootstrap import Interval
 from vitscale.pipeline.evaluation.suites import SUITES, parse
-from vitscale.pipeline.weights import describe
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 ALL = "knn,fewshot,linear,calibration,robustness,corruptions=contrast"
-
-
-def write_export(folder: Path, classes: list[str]) -> Path:
-    """An export of random weights."""
-    folder.mkdir(parents=True)
-    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 1, "width": 16, "mlp_width": 32, "heads": 2}
-    model = ViTConfig(**sizes, num_classes=len(classes))
-    state = VisionTransformer(model, seed=1).state_dict()
-    state["head.weight"] = torch.randn(state["head.weight"].shape, generator=torch.Generator().manual_seed(0))
-    save_file(state, folder / "model.safetensors")
-    described = describe(model, classes, Preprocess(32, 1.0))
-    (folder / "config.json").write_text(json.dumps({"format": 1, **described, "origin": {"step": 5}}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +39,7 @@ def test_numbers_are_the_same_at_any_number_of_ranks(
     evaluate(ALONE, *words, str(tmp_path / "1" / "found.json"))
     ranks(__file__, "evaluate", 2, *words, str(tmp_path / "2" / "found.json"))
     found = [json.loads((tmp_path / size / "found.json").read_text()) for size in ("1", "2")]
-    assert list(found[0]["suites"]) == [name.partition("=")[0] for name in ALL.split(",")]
+    assert list(found[0]["suites"]) == ["accuracy", *(name.partition("=")[0] for name in ALL.split(","))]
     rows = [pq.read_table(tmp_path / size / "results.parquet").to_pylist() for size in ("1", "2")]
     assert len(rows[0]) == sum(map(len, found[0]["suites"].values())) > 90
     for one, two in zip(*rows, strict=True):
@@ -68,21 +50,12 @@ def test_numbers_are_the_same_at_any_number_of_ranks(
         for name, each in zip(("value", "ci_low", "ci_high"), told, strict=True):
             assert one[name] == each
             # shares of right answers are equal; probabilities are float32, of batches that were cut otherwise
-            loose = one["suite"] == "calibration" and one["name"] not in ("top1", "mean_per_class")
+            exact = ("top1", "top5", "mean_per_class")
+            loose = one["suite"] in ("accuracy", "calibration") and one["name"] not in exact
             assert two[name] == (pytest.approx(each, abs=1e-6) if loose else each), (one, two)
     assert found[0]["top1"] == found[0]["suites"]["calibration"]["top1"]["value"]
     assert len(list((tmp_path / "1" / "features").iterdir())) == 1  # of one dataset, computed once
     assert (tmp_path / "1" / "found-reliability.png").exists()
-
-
-def test_rows_of_the_same_suite_are_replaced(tmp_path: Path) -> None:
-    file = tmp_path / "results.parquet"
-    suite_results.add_rows(file, "a", "d", {"knn": {"x": Interval(1, 0, 2), "y": 3}, "real": {"x": 1}})
-    suite_results.add_rows(file, "b", "d", {"knn": {"x": 4}})
-    suite_results.add_rows(file, "a", "d", {"knn": {"z": 5}})
-    rows = [(row["checkpoint"], row["suite"], row["name"], row["value"]) for row in pq.read_table(file).to_pylist()]
-    assert rows == [("a", "real", "x", 1), ("b", "knn", "x", 4), ("a", "knn", "z", 5)]
-    assert pq.read_table(file).schema == suite_results.ROWS
 
 
 def test_features_suites_take_datasets_of_other_classes(digits: Any, tmp_path: Path) -> None:
