@@ -2,13 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitscale.errors import EXIT_INTERNAL, UserError
-from vitscale.launch.options import Debug, DryRun
+from vitscale.launch.options import Debug, DryRun, Test, Vary
 from vitscale.launch.stage import stage
+
+if TYPE_CHECKING:
+    from vitscale.launch.grid import GridKind
 
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE]...")]
 Where = Annotated[str, typer.Argument(metavar="CHAIN_OR_FOLDER", help="The file of a chain, or its folder of logs.")]
@@ -91,33 +94,41 @@ def shard(
 def grid(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")],
     overrides: Settings = None,
-    vary: Annotated[list[str] | None, typer.Option("--grid", help="SETTING=[VALUE, …]; may be given again.")] = None,
+    vary: Vary = None,
+    test: Test = "",
     at_once: Annotated[int, typer.Option(min=0, help="Most runs at a time; 0: as many as there is room for.")] = 0,
     local: Annotated[bool, typer.Option("--local", help="One after another on this machine.")] = False,
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="With --local: processes of each run.")] = 1,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
-    """Run all combinations of some settings, and make a table of what came of them, the best first.
+    """Run all combinations of some settings, and make a table of what came of them, the best first; then test that.
 
     Example: `vitscale launch grid digits-demo --grid 'optim.lr=[1e-3, 3e-3]' data.train=shards/train run.dir=runs/lr`
     """
     from vitscale.launch.grid import GridKind
-    from vitscale.launch.slurm import SlurmConfig
-    from vitscale.pipeline.console import say
 
     if not vary:
         raise UserError("--grid", "nothing", "SETTING=[VALUE, …]", "Add --grid 'optim.lr=[1e-3, 3e-3]', say.")
     settings, slurm, logs = _apart(overrides or [])
-    kind = GridKind(recipe, tuple(vary), tuple(settings), at_once)
+    kind = GridKind(recipe, tuple(vary), tuple(settings), at_once, test)
     if local:
-        kind.check("grid", SlurmConfig(gpus_per_node=1))
-        if dry_run:
-            say("\n".join(" ".join(run.words) for run in kind.runs))
-            return
-        raise typer.Exit(kind.run_here(nproc, say))
-    made = {"recipe": recipe, "vary": list(vary), "settings": settings, "at_once": str(at_once)}
+        run_grid(kind, nproc, dry_run)
+        return
+    made = {"recipe": recipe, "vary": list(vary), "settings": settings, "at_once": str(at_once), "test": test}
     _submit({"logs": logs or f"{kind.folder}/logs", "slurm": slurm, "stages": [{"grid": made}]}, "", dry_run)
+
+
+def run_grid(kind: "GridKind", nproc: int, dry_run: bool = False) -> None:
+    """Do a grid on this machine, after checks; with `dry_run` say its runs."""
+    from vitscale.launch.grid_local import check_here, run_here
+    from vitscale.pipeline.console import say
+
+    check_here(kind, nproc)
+    if dry_run:
+        say("\n".join(" ".join(run.words) for run in kind.runs))
+        return
+    raise typer.Exit(run_here(kind, nproc, say))
 
 
 def show_status(chain_or_folder: str, as_json: bool) -> None:

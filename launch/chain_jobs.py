@@ -26,7 +26,7 @@ from vitscale.launch.chain_state import (
     tasks_of,
 )
 from vitscale.launch.chain_training import TRAIN, TrainKind
-from vitscale.launch.grid import RUNS, GridKind
+from vitscale.launch.grid import FINAL, RESULTS, RUNS, TABLE, GridKind
 from vitscale.launch.slurm import partitions, shown, submission
 from vitscale.pipeline.config import Config, RunConfig, require
 
@@ -107,6 +107,9 @@ def check_stages(chain: Chain, stages: list[Stage]) -> None:
         slurm_submit.check_fits(stage.slurm, found)
         if isinstance(stage.kind, TrainKind) and not made_here(chain, stage):
             slurm_submit.check_recipe(stage.slurm, stage.kind.config)
+        if isinstance(stage.kind, GridKind) and not made_here(chain, stage):
+            for nodes in sorted({stage.slurm.fewest, stage.slurm.most}):
+                stage.kind.check_data(nodes * stage.slurm.tasks)
 
 
 def _submit_stage(chain: Chain, record: Record, state: State, complete: set[str]) -> None:
@@ -116,10 +119,17 @@ def _submit_stage(chain: Chain, record: Record, state: State, complete: set[str]
         dependency = dependency_of(job if number else None, before)
         script, arguments, options, log = prepare_job(chain.logs, stage, job)
         if isinstance(stage.kind, GridKind) and job.what == RUNS:
-            skip = "" if stage.slurm.container else SKIP.format(shown([str(chain.logs), stage.name, RUNS]))
-            stage.kind.write_words(chain.logs / f"{stage.name}.words", list(stage.slurm_words), skip)
+            _write_words(chain.logs, stage, RUNS)
         row = {"what": job.what, "tasks": job.tasks, "log": log}
         before = [submit_job(state, record, row, script, arguments, options, dependency)]
+
+
+def _write_words(logs: Path, stage: Stage, what: str) -> None:
+    """Leave the words of the runs of a grid, or of its final one, where the tasks of `prepare_job` look for them."""
+    assert isinstance(stage.kind, GridKind)
+    skip = "" if stage.slurm.container else SKIP.format(shown([str(logs), stage.name, what]))
+    runs = stage.kind.runs if what == RUNS else [stage.kind.final()]
+    stage.kind.write_words(logs / f"{stage.name}.words", runs, list(stage.slurm_words), skip)
 
 
 def dependency_of(job: Job | None, before: list[int]) -> str:
@@ -148,13 +158,13 @@ def prepare_job(logs: Path, stage: Stage, job: Job) -> tuple[Path, list[str], li
         skip = [] if slurm.container else [f"slurm.setup={SKIP.format(shown([*place, TRAIN]))}"]
         options = [*prepared.options, *more, f"--output={log}"]
         return slurm_submit.SCRIPT, [*prepared.arguments, *skip], options, log
-    if isinstance(stage.kind, GridKind) and job.what == RUNS:
-        numbers = ",".join(map(str, stage.kind.missing()))
+    if isinstance(stage.kind, GridKind) and job.what in (RUNS, FINAL):
+        numbers = ",".join(map(str, stage.kind.numbers(job.what)))
         more.append(f"--array={numbers}{f'%{stage.kind.at_once}' if stage.kind.at_once else ''}")
         words = [f"slurm.words={logs / f'{stage.name}.words'}"]
         options = stage.kind.prepare_run(stage.kind.runs[0], list(stage.slurm_words)).options
         return slurm_submit.SCRIPT, words, [*options, *more, f"--output={log}"], log
-    if isinstance(stage.kind, GridKind):
+    if isinstance(stage.kind, GridKind) and job.what in (TABLE, RESULTS):
         slurm = replace(slurm, nodes=1, gpus_per_node=0, gpu_type="", tasks_per_node=0, cpus_per_task=1)
     slurm = replace(slurm, cpus_per_task=slurm.cpus_per_task or 1 + getattr(stage.kind, "workers", 0))
     more += [f"--array=1-{job.tasks}"] if job.tasks else []
@@ -205,16 +215,17 @@ def do_step(logs: Path, name: str, what: str, check: bool, run: Callable[[list[s
     state = known_state(logs)
     os.chdir(state.folder)
     stage, task = state.records[name].stage, int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
-    complete = stage.kind.complete(logs, name) if not isinstance(stage.kind, GridKind) else False
-    if isinstance(stage.kind, GridKind) and what == RUNS:
-        complete = task not in stage.kind.missing()
-    if complete:
+    grid = stage.kind if isinstance(stage.kind, GridKind) else None
+    if grid.job_complete(what, task) if grid else stage.kind.complete(logs, name):
         print(f"{name}: complete already")
         return 0
     if check:
         return 1
-    if isinstance(stage.kind, GridKind):
-        return stage.kind.write_table()
+    if grid and what in (TABLE, RESULTS):
+        code = grid.write_table()
+        if what == TABLE and grid.test and not code:
+            _write_words(logs, stage, FINAL)
+        return code
     code = run(stage.kind.words(what, task))
     if not code:
         stage.kind.done(logs, name, task)

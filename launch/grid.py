@@ -1,13 +1,12 @@
-"""A grid: the runs of all combinations of some settings, and a table of what came of them, the best first."""
+"""A grid: the runs of all combinations of some settings, the best of them, and what that is on a test set."""
 
 import itertools
 import json
 import math
+import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,16 +16,19 @@ import yaml
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
 from vitscale.launch.chain_stages import Job, Kind, run_complete
+from vitscale.launch.chain_training import EvaluateKind
+from vitscale.launch.grid_table import place, result_line, result_of, row_of, table_of
 from vitscale.launch.recipes import RECIPES
 from vitscale.launch.slurm import SlurmConfig
 from vitscale.launch.slurm_submit import Submission, prepare
 from vitscale.pipeline.config import Config, require
+from vitscale.pipeline.evaluation import tables
 from vitscale.pipeline.recipe import load_recipe
 
-RUNS, TABLE = "runs", "table"  # the jobs of a grid
-RESULTS = "results.json"
+RUNS, TABLE, FINAL, TEST, RESULTS = "runs", "table", "final", "test", "results"  # the jobs of a grid
+FILE = "results.json"
 MOST = 10_000  # runs; a Slurm array has at most 1,001 tasks unless the cluster was set up for more
-SCORES = ("top1", "ema_top1", "map", "ema_map")  # of the last evaluation, the higher the better
+WHOLE = {"data.dev": "''", "data.val": "''", "eval.suites": "''"}  # of the final run: all of data.train, nothing else
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,20 @@ class Run:
 class GridKind(Kind):
     """All combinations of `vary`, such as `optim.lr=[1e-3, 3e-3]`, each a run in a folder of its own in run.dir.
 
-    At most `at_once` of them at a time (0: as many as the cluster has room for).
+    At most `at_once` of them at a time (0: as many as the cluster has room for). With `test`, a dataset, the best
+    settings are then trained on the whole of data.train, in `final` of run.dir, and that network is evaluated on it
+    (Dosovitskiy et al. 2020, appendix B.1.1). Where no data.dev was held out, the best run is such a network itself.
     """
 
     recipe: str
     vary: tuple[str, ...]
     settings: tuple[str, ...] = ()
     at_once: int = 0
+    test: str = ""
     name: ClassVar[str] = "grid"
     ranks: ClassVar[bool] = True
+    workers: ClassVar[int] = 1  # of the evaluation
+    retries: ClassVar[int] = 2
 
     @cached_property
     def folder(self) -> str:
@@ -64,7 +71,7 @@ class GridKind(Kind):
 
     @cached_property
     def runs(self) -> list[Run]:
-        """The combinations, the last setting changing fastest. Raises `UserError`."""
+        """The combinations, the last setting changing fastest; of nothing varied one, `final`. Raises `UserError`."""
         values = dict(_values(word) for word in self.vary)
         require(
             len(values) == len(self.vary), "--grid", ", ".join(self.vary), "each setting once", "Join their values."
@@ -72,7 +79,7 @@ class GridKind(Kind):
         total = math.prod(len(each) for each in values.values())
         require(total <= MOST, "--grid", f"{total:,} combinations", f"at most {MOST:,}", "Vary less at once.")
         rows = [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
-        names = [run_name(row) for row in rows]
+        names = [run_name(row) or FINAL for row in rows]
         return [
             Run(number, row, f"{self.folder}/{name}" if names.count(name) == 1 else f"{self.folder}/{name}-{number}")
             for number, (row, name) in enumerate(zip(rows, names, strict=True), start=1)
@@ -80,77 +87,152 @@ class GridKind(Kind):
 
     def config(self, run: Run | None = None) -> Config:
         """The recipe of a run, or of none."""
-        return load_recipe(self.recipe, [*self.settings, *(run.words if run else [])], RECIPES)
+        words = tuple(run.words) if run else ()
+        if words not in self._configs:
+            self._configs[words] = load_recipe(self.recipe, [*self.settings, *words], RECIPES)
+        return self._configs[words]
+
+    @cached_property
+    def _configs(self) -> dict[tuple[str, ...], Config]:
+        """Those that were composed, by the words of their runs."""
+        return {}
 
     def check(self, stage: str, slurm: SlurmConfig) -> None:
         require(bool(self.folder), "run.dir", "nothing", "a folder for all runs", "Add run.dir=PATH.")
         require("://" not in self.folder, "run.dir", self.folder, "a folder that all nodes see", "Choose a path.")
         require(bool(self.config().data.mixture), "data.train", "nothing", "a folder", "Add data.train=PATH.")
         for run in self.runs:
+            self._check_split(self.config(run))
             self.prepare_run(run, [f"slurm.gpus_per_node={slurm.gpus_per_node}"])
+
+    def _check_split(self, config: Config) -> None:
+        """Raise `UserError` unless there is something to choose by, which is not what the choice is tested on."""
+        dev, val, patience = config.data.dev, config.data.val, config.eval.patience
+        require(bool(dev or val) or len(self.runs) == 1, "data.dev", "nothing, nor data.val",
+                "images to choose the best run by", "Add data.dev=2%, which holds them out of data.train.")  # fmt: skip
+        seen = bool(self.test) and not dev and bool(val) and os.path.realpath(val) == os.path.realpath(self.test)
+        require(not seen, "--test", f"{self.test}, which is data.val", "images that nothing was chosen by",
+                "Leave data.val out, and add data.dev=2%.")  # fmt: skip
+        require(not (self.test and dev and patience), "eval.patience", f"{patience} with --test",
+                "0: a run on the whole of data.train has nothing to stop by",
+                "Vary train.duration instead.")  # fmt: skip
+
+    def check_data(self, ranks: int) -> None:
+        """Plan every run on its data, for so many ranks. Raises `UserError` for what can be known to fail."""
+        from vitscale.pipeline.data.store import Store
+        from vitscale.pipeline.planner import check_classes, plan
+
+        test = Store(self.test, "--test") if self.test else None
+        for run in self.runs:
+            train = plan(self.config(run), ranks).train
+            if test:
+                check_classes("--test", test.classes, "data.train", train.classes)
 
     def prepare_run(self, run: Run, slurm_words: list[str]) -> Submission:
         """What would be submitted for a run by itself. Raises `UserError` for what it cannot be."""
-        stage = "finetune" if self.config(run).init_from else "pretrain"
-        return prepare(self.recipe, [*self.settings, *run.words, *slurm_words, f"slurm.stage={stage}"])
+        return prepare(self.recipe, [*self.settings, *run.words, *slurm_words, f"slurm.stage={self.command(run)}"])
+
+    def command(self, run: Run) -> str:
+        """The command of vitscale that a run is."""
+        return "finetune" if self.config(run).init_from else "pretrain"
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         config = self.config()
         named = [*(("data.train", path) for path, _ in config.data.mixture), ("data.val", config.data.val)]
-        yield from ((setting, path) for setting, path in [*named, ("init_from", config.init_from)] if path)
+        named += [("init_from", config.init_from), ("test", self.test)]
+        yield from ((setting, path) for setting, path in named if path)
 
     def outputs(self) -> list[str]:
         return [self.folder]
 
     def jobs(self) -> list[Job]:
         missing = [Job(RUNS, len(self.missing()))] if self.missing() else []
-        return [*missing, Job(TABLE, retries=False, dependency="afterany")]
+        told = [*missing, Job(TABLE, retries=False, dependency="afterany")]
+        return [*told, Job(FINAL, 1), Job(TEST), Job(RESULTS, retries=False)] if self.test else told
+
+    def numbers(self, what: str) -> list[int]:
+        """The tasks of the array `RUNS` or `FINAL`."""
+        return self.missing() if what == RUNS else [len(self.runs) + 1]
 
     def missing(self) -> list[int]:
         """Numbers of the runs that are not at their last step."""
         return [run.number for run in self.runs if not run_complete(self.config(run))]
 
+    def job_complete(self, what: str, task: int) -> bool:
+        """Whether a job, and task of an array, has nothing to do."""
+        if what == RUNS:
+            return task not in self.missing()
+        if what == FINAL:
+            return run_complete(self.config(self.final()))
+        return what == TEST and bool(self.tested())
+
     def complete(self, logs: Path, stage: str) -> bool:
         try:
-            rows = json.loads(Path(self.folder, RESULTS).read_text())["runs"]
+            results = json.loads(Path(self.folder, FILE).read_text())
+            told = {row["run"] for row in results["runs"] if row["state"] == "finished"}
+            tested = results.get("test", {}).get("dataset", "")
         except (OSError, ValueError, KeyError):
             return False
-        told = {row["run"] for row in rows if row["state"] == "finished"}
-        return told == {run.folder for run in self.runs} and not self.missing()
+        return told == {run.folder for run in self.runs} and tested == self.test and not self.missing()
 
-    def write_words(self, folder: Path, slurm_words: list[str], skip: str) -> None:
+    def words(self, what: str, task: int) -> list[str]:
+        return self.evaluation(self.final()).words(what, task)
+
+    def write_words(self, folder: Path, runs: list[Run], slurm_words: list[str], skip: str) -> None:
         """Leave the words of `pretrain.sbatch` for each run in a file by its number, each word ended by a NUL."""
         folder.mkdir(parents=True, exist_ok=True)
-        for run in self.runs:
+        for run in runs:
             made = [*self.prepare_run(run, slurm_words).arguments, *([f"slurm.setup={skip}"] if skip else [])]
             publish_text(folder / str(run.number), "".join(f"{word}\0" for word in made))
 
+    def ranked(self) -> list[tuple[Run, dict[str, Any]]]:
+        """The runs with their rows, the best first; of equal ones the first."""
+        pairs = [(run, row_of(run.settings, self.config(run))) for run in self.runs]
+        return sorted(pairs, key=lambda pair: place(pair[1]))
+
+    def final(self) -> Run:
+        """The run that the test set is for: the best settings on the whole of data.train, by the number after all runs.
+
+        Raises `UserError` as long as a run is not finished.
+        """
+        best = self.ranked()[0][0]
+        left = ", ".join(self.runs[number - 1].folder for number in self.missing())
+        require(not left, "--grid", f"{left}, not at the last step", "finished runs to choose from",
+                "Run the same command again, or take its values out.")  # fmt: skip
+        (number,) = self.numbers(FINAL)
+        if not self.config(best).data.dev:
+            return replace(best, number=number)
+        return Run(number, {**best.settings, **WHOLE}, f"{self.folder}/{FINAL}")
+
+    def evaluation(self, final: Run) -> EvaluateKind:
+        """The evaluation of the final run on the test set."""
+        out, device = f"{final.folder}/evaluations/{TEST}.json", self.config(final).engine.device
+        return EvaluateKind(final.folder, self.test, out, device=device, workers=self.workers)
+
+    def tested(self) -> dict[str, Any] | None:
+        """Results of the final run on the test set; None as long as there are none."""
+        try:
+            final = self.final()
+            kind = self.evaluation(final)
+            sound = run_complete(self.config(final)) and kind.complete(Path(), "")
+        except UserError:  # not trained yet, or a folder of other settings
+            return None
+        return result_of(final.folder, self.test, Path(kind.out)) if sound else None
+
     def write_table(self, say: Callable[[str], None] = print) -> int:
         """Write `results.json` and `results.md` into run.dir, and say the table; 1 if a run is not finished, else 0."""
-        rows = sorted((result(run, self.config(run)) for run in self.runs), key=_order)
-        table = markdown(rows)
+        rows = [row for _, row in self.ranked()]
+        test = self.tested() if self.test else None
+        told = {"recipe": self.recipe, "runs": rows, **({"test": test} if test else {})}
+        said = f"\n{result_line(test)}\n" if test else ""
         try:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
-            publish_text(Path(self.folder, RESULTS), json.dumps({"recipe": self.recipe, "runs": rows}, indent=1) + "\n")
-            publish_text(Path(self.folder, "results.md"), table)
+            publish_text(Path(self.folder, FILE), json.dumps(told, indent=1) + "\n")
+            publish_text(Path(self.folder, "results.md"), tables.markdown(table_of(rows)) + "\n" + said)
         except OSError as error:
             raise UserError("run.dir", f"{error}", "a folder that can be written", "Choose another.") from error
-        say(table.rstrip())
+        say(tables.text(table_of(rows)) + said.rstrip())
         return int(any(row["state"] != "finished" for row in rows))
-
-    def run_here(self, nproc: int, say: Callable[[str], None]) -> int:
-        """Do the runs one after another on this machine, on `nproc` processes each; then `write_table`."""
-        for run in self.runs:
-            if run_complete(self.config(run)):
-                say(f"{run.folder}: complete already")
-                continue
-            say(f"{run.folder}: {', '.join(run.words[:-1])}")
-            stage = "finetune" if self.config(run).init_from else "pretrain"
-            words = [stage, self.recipe, *self.settings, *run.words, "--nproc", str(nproc)]
-            done = subprocess.run([sys.executable, "-P", "-m", "vitscale.launch.cli", *words])
-            if done.returncode:
-                say(f"{run.folder}: ended with exit code {done.returncode}")
-        return self.write_table(say)
 
 
 def run_name(settings: dict[str, str]) -> str:
@@ -159,45 +241,6 @@ def run_name(settings: dict[str, str]) -> str:
     keys = short if len(set(short)) == len(short) else list(settings)
     name = ",".join(f"{key}={value}" for key, value in zip(keys, settings.values(), strict=True))
     return re.sub(r"[^\w.,=+%-]+", "-", name)[:120]
-
-
-def result(run: Run, config: Config) -> dict[str, Any]:
-    """A row of the table: settings, state, steps, and the last loss and evaluation of the log."""
-    row: dict[str, Any] = {"run": run.folder, "settings": run.settings, "state": "not begun", "step": 0}
-    try:
-        from vitscale.pipeline.status import read_status
-
-        status = read_status(run.folder)
-    except UserError:
-        return row
-    row |= {"state": status.state, "step": status.step, "train_loss": status.train.get("loss")}
-    if run_complete(config):
-        row["state"] = "finished"
-    return row | {f"val_{key}": value for key, value in status.evaluation.items() if key in ("loss", *SCORES)}
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table: settings, then what was measured."""
-    keys = list(rows[0]["settings"])
-    measured = [key for key in ("val_top1", "val_ema_top1", "val_map", "val_ema_map", "val_loss", "train_loss")
-                if any(row.get(key) is not None for row in rows)]  # fmt: skip
-    head = [*keys, *(key.replace("_", " ") for key in measured), "step", "state", "run"]
-    lines = [head, ["---"] * len(head)]
-    for row in rows:
-        values = [_number(row.get(key)) for key in measured]
-        lines.append([*row["settings"].values(), *values, f"{row['step']:,}", row["state"], row["run"]])
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
-
-
-def _order(row: dict[str, Any]) -> tuple[Any, ...]:
-    """The best first: finished ones by their score, then by their loss."""
-    scores = [row[f"val_{key}"] for key in SCORES if row.get(f"val_{key}") is not None]
-    loss = next((row[key] for key in ("val_loss", "train_loss") if row.get(key) is not None), math.inf)
-    return row["state"] != "finished", -max(scores, default=-math.inf), loss
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _values(word: str) -> tuple[str, list[str]]:
@@ -210,6 +253,8 @@ def _values(word: str) -> tuple[str, list[str]]:
     sound = bool(key) and isinstance(values, list) and bool(values)
     require(sound, "--grid", repr(word), "SETTING=[VALUE, …]", "Quote it for the shell.")
     require(key != "run.dir", "--grid", word, "settings of training", "run.dir is the folder of all runs.")
+    alike = key not in ("data.dev", "data.val")
+    require(alike, "--grid", word, "settings of training", "The runs are compared on the same images.")
     texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
     require(len(set(texts)) == len(texts), "--grid", word, "values that differ", "Take one out.")
     return key, texts

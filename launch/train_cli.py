@@ -8,7 +8,7 @@ import typer
 
 from vitscale.errors import UserError
 from vitscale.launch import chain_cli
-from vitscale.launch.options import Debug, Force, Nproc, Overrides, Recipe
+from vitscale.launch.options import Debug, Force, Nproc, Overrides, Recipe, Test, Vary
 from vitscale.launch.recipes import RECIPES
 from vitscale.launch.stage import SettingsCommand, run_ranks, stage
 
@@ -26,13 +26,31 @@ def pretrain(
 
 @stage
 def finetune(
-    recipe: Recipe, overrides: Overrides = None, nproc: Nproc = 1, force: Force = False, debug: Debug = False
+    recipe: Recipe,
+    overrides: Overrides = None,
+    vary: Vary = None,
+    test: Test = "",
+    nproc: Nproc = 1,
+    force: Force = False,
+    debug: Debug = False,
 ) -> None:
-    """Train from a checkpoint or an export, at any resolution and for any classes.
+    """Train from a checkpoint or an export, at any resolution and for any classes; with --grid choose settings.
 
     Example: `vitscale finetune digits-demo-finetune init_from=runs/a data.train=shards/train run.dir=runs/b`
     """
-    _train("finetune", recipe, overrides or [], nproc, force)
+    if not vary:
+        if test:
+            raise UserError("--test", test, "--grid beside it", "Use `vitscale evaluate RUN DATASET` for one run.")
+        _train("finetune", recipe, overrides or [], nproc, force)
+        return
+    from vitscale.launch.grid import GridKind
+
+    if force:
+        raise UserError("--force", "--grid beside it", "one of them", "Choose another run.dir.")
+    kind = GridKind(recipe, tuple(vary), tuple(overrides or []), test=test)
+    if not all(kind.config(run).init_from for run in kind.runs):
+        raise _no_start()
+    chain_cli.run_grid(kind, nproc)
 
 
 def _train(name: str, recipe: str, overrides: list[str], nproc: int, force: bool) -> None:
@@ -40,9 +58,7 @@ def _train(name: str, recipe: str, overrides: list[str], nproc: int, force: bool
 
     config = load_recipe(recipe, overrides, RECIPES)
     if name == "finetune" and not config.init_from:
-        raise UserError(
-            "init_from", "nothing", "a run, a checkpoint or an export", "Add init_from=PATH to the command."
-        )
+        raise _no_start()
     if name == "pretrain" and config.init_from:
         raise UserError("init_from", config.init_from, "nothing in pretraining", "Use `vitscale finetune`.")
 
@@ -58,6 +74,32 @@ def _train(name: str, recipe: str, overrides: list[str], nproc: int, force: bool
         plan(config, nproc, force=force)
 
     run_ranks(work, check, nproc, config.engine.device, "engine.device")
+
+
+@stage
+def vtab(
+    checkpoint: Annotated[str, typer.Argument(help="A run, a checkpoint or an export.")],
+    tasks: Annotated[str, typer.Argument(help="A YAML file of tasks, or vtab-1k, which ships.")],
+    out: Annotated[str, typer.Argument(help="Folder for the runs and the tables.")],
+    overrides: Overrides = None,
+    root: Annotated[str, typer.Option(help="Folder of the tasks' data.")] = ".",
+    available: Annotated[bool, typer.Option("--available", help="Leave out tasks whose data are not there.")] = False,
+    nproc: Nproc = 1,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune on each of many small tasks, test each once, and tell the means; run again, it goes on.
+
+    Example: `vitscale vtab runs/l16 vtab-1k runs/vtab --root shards/vtab --available`
+    """
+    from vitscale.launch.vtab import run_tasks
+    from vitscale.pipeline.console import say
+
+    raise typer.Exit(run_tasks(checkpoint, tasks, out, overrides or [], root, available, nproc, say))
+
+
+def _no_start() -> UserError:
+    expected = "a run, a checkpoint or an export"
+    return UserError("init_from", "nothing", expected, "Add init_from=PATH to the command.")
 
 
 @stage
@@ -201,5 +243,5 @@ def register(app: typer.Typer) -> None:
     """Add the commands to `vitscale`."""
     for command in (pretrain, finetune):
         app.command(cls=SettingsCommand)(command)
-    for command in (replay, status, audit, report, doctor):
+    for command in (vtab, replay, status, audit, report, doctor):
         app.command()(command)

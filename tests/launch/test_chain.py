@@ -16,7 +16,6 @@ from tests.slurm_cluster import SlurmCluster
 from vitscale.errors import UserError
 from vitscale.launch.chain import load_chain, make_chain
 from vitscale.launch.chain_state import NEVER, OVER
-from vitscale.launch.grid import GridKind, markdown, run_name
 
 BIN = Path(sys.executable).parent
 SHORT = (*TINY, "data.workers=0", "eval.every=0", "checkpoint.every=0")
@@ -25,10 +24,11 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def launch(slurm: SlurmCluster, tmp_path: Path) -> Launch:
-    """`launch("chain", …)`: what `vitscale launch` says in tmp_path; `rc` is the exit code that it has to end with."""
+    """`launch("chain", …)`: what the command says in tmp_path; `rc` is the exit code that it has to end with."""
 
     def run(*words: str | Path, rc: int = 0, path: str = "") -> subprocess.CompletedProcess[str]:
-        line = [str(BIN / "vitscale"), "launch", *map(str, words)]
+        group = [] if words[0] in ("status", "cancel") else ["launch"]
+        line = [str(BIN / "vitscale"), *group, *map(str, words)]
         env = {
             **slurm.env,
             "OMP_NUM_THREADS": "1",
@@ -137,7 +137,6 @@ def test_from_images_to_an_export_by_one_command(
     assert "%" in predicted.stdout
 
 
-@pytest.mark.slow
 def test_a_part_that_fails_is_tried_again_alone(
     slurm: SlurmCluster, launch: Launch, digits: Any, tmp_path: Path
 ) -> None:
@@ -225,20 +224,28 @@ def test_queued_jobs_are_not_doubled(slurm: SlurmCluster, launch: Launch, digits
 
 
 @pytest.mark.slow
-def test_grid_of_two_runs_the_best_first(slurm: SlurmCluster, launch: Launch, digits: Any, tmp_path: Path) -> None:
+def test_grid_of_two_runs_the_best_first_and_tested(
+    slurm: SlurmCluster, launch: Launch, digits: Any, tmp_path: Path
+) -> None:
     """A rank is killed once, of the task that goes by the number of the whole array."""
     stub = tmp_path / "vitscale"
     once = '[ "$2" = rank ] && [ $SLURM_JOB_ID = $SLURM_ARRAY_JOB_ID ] && mkdir once 2>/dev/null && kill -9 $$'
     stub.write_text(f'#!/bin/bash\n{once}\nexec {BIN}/vitscale "$@"\n')
     stub.chmod(0o755)
-    own = settings(f"data.train={digits.train}", f"data.val={digits.test}", "run.dir=runs", "train.duration=4")
+    own = settings(f"data.train={digits.train}", "data.dev=10%", "run.dir=runs", "train.duration=4")
     words = ("grid", "digits-demo", "--grid", "optim.lr=[.0001, 3e-3]", *own, f"slurm.command={stub}")
+    words = (*words, "--test", digits.test, "slurm.tasks_per_node=2")
     launch(*words)
     logs = tmp_path / "runs" / "logs"
     array = jobs_of(logs)["grid"][0]
+    assert len(jobs_of(logs)["grid"]) == 5, "runs, table, final, test, results"
     restarts = wait(slurm, logs)
     assert [(task.split("_")[0], count) for task, count in restarts.items()] == [(str(array), 1)], output(logs)
-    rows = json.loads((tmp_path / "runs" / "results.json").read_text())["runs"]
+    told = json.loads((tmp_path / "runs" / "results.json").read_text())
+    rows = told["runs"]
+    assert (told["test"]["run"], told["test"]["images"]) == ("runs/final", 359)
+    state = next((tmp_path / "runs" / "final").glob("checkpoints/step-*/state.json"))
+    assert json.loads(state.read_text())["dataset"]["samples"] == 1438
     assert {row["settings"]["optim.lr"] for row in rows} == {".0001", "3e-3"}
     assert {row["state"] for row in rows} == {"finished"}
     assert rows[0]["val_top1"] >= rows[1]["val_top1"]
@@ -269,31 +276,6 @@ def test_stages_wait_for_a_run_that_is_requeued(
     assert set(states(launch, "logs").values()) == {("complete", "")}
 
 
-@pytest.mark.slow
-def test_grid_on_this_machine(digits: Any, tmp_path: Path, vitscale: Any) -> None:
-    own = settings(f"data.train={digits.train}", f"data.val={digits.test}", "run.dir=runs", "train.duration=2")
-    words = ("launch", "grid", "digits-demo", "--local", "--grid", "run.seed=[1, 2]", *own)
-    done = vitscale(*words)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "runs" / "results.json").read_text())["runs"]
-    assert sorted(row["run"] for row in rows) == ["runs/seed=1", "runs/seed=2"]
-    assert vitscale(*words).stdout.count("complete already") == 2
-
-
-def test_names_and_table_of_a_grid() -> None:
-    grid = GridKind("digits-demo", ("optim.lr=[1e-3, .003]", "data.train=[[{path: a/b}], c]"), ("run.dir=runs",))
-    assert len(grid.runs) == 4
-    assert grid.runs[1].words == ["optim.lr=1e-3", "data.train=c", "run.dir=runs/lr=1e-3,train=c"]
-    assert (
-        run_name({"optim.lr": "1", "model.name": "a/b", "optim.name": "x"}) == "optim.lr=1,model.name=a-b,optim.name=x"
-    )
-    row = {"run": "r", "settings": {"a": "1"}, "state": "finished", "step": 1000, "val_top1": 0.5}
-    assert markdown([row]).splitlines()[2] == "| 1 | 0.5000 | 1,000 | finished | r |"
-    for word in ("optim.lr", "optim.lr=3", "=[1]", "optim.lr=[1", "run.dir=[a, b]", "optim.lr=[1, 1]"):
-        with pytest.raises(UserError, match="--grid"):
-            _ = GridKind("digits-demo", (word,), ("run.dir=runs",)).runs
-
-
 TRAIN = {"recipe": "digits-demo", "settings": ["data.train=.", "run.dir=runs/a"]}
 
 
@@ -304,6 +286,8 @@ TRAIN = {"recipe": "digits-demo", "settings": ["data.train=.", "run.dir=runs/a"]
         ([{"pretrian": TRAIN}], "Did you mean 'pretrain'?"),
         ([{"verify": {"datset": "."}}], "Did you mean 'dataset'?"),
         ([{"verify": {}}], "verify.dataset: got nothing"),
+        ([{"grid": {**TRAIN, "vary": ["optim.lr=[1]", "run.seed=[0, 1]"]}}], "data.dev: got nothing, nor data.val"),
+        ([{"grid": {**TRAIN, "vary": ["optim.lr=[1]"], "test": "nowhere"}}], "grid.test: got nowhere, which does not"),
         ([{"verify": {"dataset": ["."]}}], "verify.dataset: got [\".\"]; expected a text"),
         ([{"verify": {"dataset": ".", "name": ["a"]}}], "name: got [\"a\"]"),
         ([{"verify": {"dataset": ".", "after": {"a": "b"}}}], "verify.after: got {"),

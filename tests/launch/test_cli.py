@@ -18,7 +18,10 @@ from vitscale.data_prep.config import ShardConfig
 from vitscale.data_prep.shard import shard
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-STAGES = ("shard", "index", "verify", "pretrain", "finetune", "evaluate", "predict", "export", "report")
+STAGES = (
+    "shard", "index", "verify", "pretrain", "finetune", "vtab", "evaluate", "compare", "predict", "embed", "export",
+    "report",
+)  # fmt: skip
 QUICK = ("model.depth=1", "model.width=32", "model.heads=2", "train.duration=2", "data.workers=0")
 
 

@@ -88,8 +88,12 @@ time.sleep(60)
     assert capfd.readouterr().err == "ended by SIGTERM; run the same command again to go on\n"
 
 
-def test_ctrl_c_and_a_second_one(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_and_a_second_one(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Ranks that end do so by themselves; one that ignores it is killed at once by the second."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with `&` ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     source = "meet('ready')\nif rank == 0: os.kill(launcher, signal.SIGINT)\n"
     source += "meet('sent')\nif rank == 1: sys.exit(130)\ntime.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
