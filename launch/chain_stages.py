@@ -26,6 +26,14 @@ class Job:
     dependency: str = "afterok"
 
 
+def read_by(config: Config) -> Iterator[tuple[str, str]]:
+    """Settings of a recipe and the paths that training reads by them."""
+    yield from (("data.train", path) for path, _ in config.data.mixture)
+    named = {"data.val": config.data.val, "init_from": config.init_from,
+             "eval.suites_data": config.eval.suites_data, "eval.suites_train": config.eval.suites_train}  # fmt: skip
+    yield from ((setting, path) for setting, path in named.items() if path)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of stage with its settings. `ranks`: it may run as several ranks on several nodes."""

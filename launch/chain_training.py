@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vitscale.errors import UserError
-from vitscale.launch.chain_stages import Job, Kind, ShardKind, VerifyKind, run_complete
+from vitscale.launch.chain_stages import Job, Kind, ShardKind, VerifyKind, read_by, run_complete
 from vitscale.launch.recipes import RECIPES
 from vitscale.launch.slurm import SlurmConfig
 from vitscale.launch.slurm_submit import prepare
@@ -39,9 +39,7 @@ class TrainKind(Kind):
                               f"slurm.logs={slurm.logs or 'logs'}"])  # fmt: skip
 
     def inputs(self) -> Iterator[tuple[str, str]]:
-        config = self.config
-        named = [*(("data.train", path) for path, _ in config.data.mixture), ("data.val", config.data.val)]
-        yield from ((setting, path) for setting, path in [*named, ("init_from", config.init_from)] if path)
+        yield from read_by(self.config)
 
     def outputs(self) -> list[str]:
         return [self.config.run.dir]
@@ -69,12 +67,18 @@ class FinetuneKind(TrainKind):
 
 @dataclass(frozen=True)
 class EvaluateKind(Kind):
-    """Results on a dataset, by as many ranks as `slurm` says. `out`: the file; by default one in the run's folder."""
+    """Results on a dataset, by as many ranks as `slurm` says. `out`: the file; by default one in the run's folder.
+
+    `suite`, `train` and `class_map` are as of `vitscale evaluate`.
+    """
 
     checkpoint: str
     dataset: str
     out: str = ""
     weights: str = "auto"
+    suite: str = ""
+    train: str = ""
+    class_map: str = ""
     device: str = "auto"
     micro_batch: int = 64
     workers: int = 1
@@ -86,27 +90,42 @@ class EvaluateKind(Kind):
         require_choice(f"{stage}.weights", self.weights, ("auto", "raw", "ema"))
         require_choice(f"{stage}.device", self.device, ("auto", "cpu", "cuda"))
         require(self.micro_batch > 0, f"{stage}.micro_batch", self.micro_batch, "at least 1 image", "64, say.")
+        if self.suite:
+            from vitscale.pipeline.evaluation.suites import parse
+
+            parse(self.suite, f"{stage}.suite")
+        got = f"{self.train} without {stage}.suite"
+        require(bool(self.suite) or not self.train, f"{stage}.train", got, "a suite that needs it", "Leave it out.")
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield from (("checkpoint", self.checkpoint), ("dataset", self.dataset))
+        yield from [("train", self.train)] if self.train else []
 
     def complete(self, logs: Path, stage: str) -> bool:
         if not _there(self.checkpoint) or not _there(self.dataset) or (self.out and not _there(self.out)):
             return False
         from vitscale.pipeline.evaluation import stage as evaluation
+        from vitscale.pipeline.evaluation import suite_results, suites
 
+        which = (self.weights, self.class_map)
         try:
-            trained, store = evaluation.check(self.checkpoint, self.dataset, self.weights)
+            if self.suite:
+                trained, store, _ = suite_results.check(self.checkpoint, self.dataset, self.suite, self.train, *which)
+            else:
+                trained, store = evaluation.check(self.checkpoint, self.dataset, *which)
             path = Path(self.out) if self.out else evaluation.results_path(trained, store)
             found = json.loads(path.read_text())
         except (UserError, OSError, ValueError):
             return False
+        wanted = suites.parse(self.suite) if self.suite else {}
         keys = ("step", "weights", "checkpoint")
         same = all(found["origin"].get(key) == trained.origin.get(key) for key in keys)
-        return same and found["dataset"]["fingerprint"] == store.fingerprint
+        same = same and found["dataset"]["fingerprint"] == store.fingerprint
+        return same and wanted.keys() <= found.get("suites", {}).keys()
 
     def words(self, what: str, task: int) -> list[str]:
-        named = {"out": self.out, "weights": self.weights, "device": self.device}
+        named = {"out": self.out, "weights": self.weights, "device": self.device, "suite": self.suite,
+                 "train": self.train, "class-map": self.class_map}  # fmt: skip
         more = [word for key, value in named.items() if value for word in (f"--{key}", value)]
         counts = ["--micro-batch", str(self.micro_batch), "--workers", str(self.workers)]
         return ["evaluate", self.checkpoint, self.dataset, *more, *counts]

@@ -15,7 +15,7 @@ import yaml
 
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
-from vitscale.launch.chain_stages import Job, Kind, run_complete
+from vitscale.launch.chain_stages import Job, Kind, read_by, run_complete
 from vitscale.launch.chain_training import EvaluateKind
 from vitscale.launch.grid_table import place, result_line, result_of, row_of, table_of
 from vitscale.launch.recipes import RECIPES
@@ -137,10 +137,8 @@ class GridKind(Kind):
         return "finetune" if self.config(run).init_from else "pretrain"
 
     def inputs(self) -> Iterator[tuple[str, str]]:
-        config = self.config()
-        named = [*(("data.train", path) for path, _ in config.data.mixture), ("data.val", config.data.val)]
-        named += [("init_from", config.init_from), ("test", self.test)]
-        yield from ((setting, path) for setting, path in named if path)
+        yield from read_by(self.config())
+        yield from [("test", self.test)] if self.test else []
 
     def outputs(self) -> list[str]:
         return [self.folder]

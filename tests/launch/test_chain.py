@@ -108,7 +108,7 @@ def test_from_images_to_an_export_by_one_command(
                 "recipe": "digits-demo",
                 "settings": settings(*data, *again, "run.dir=runs/b", "init_from=runs/a"),
             }},
-            {"evaluate": {"checkpoint": "runs/b", "dataset": str(digits.test), "workers": 0}},
+            {"evaluate": {"checkpoint": "runs/b", "dataset": str(digits.test), "workers": 0, "suite": "calibration"}},
             {"export": {"source": "runs/b", "out": "exported"}},
         ],
     }  # fmt: skip
