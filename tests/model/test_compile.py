@@ -25,6 +25,7 @@ def step(model: VisionTransformer, number: int, keep: torch.Tensor | None) -> li
     return [logits.detach(), *torch.autograd.grad(logits.square().mean(), list(model.parameters()))]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same_by_one_graph() -> None:
     eager, compiled = make(), make()
     hooked: list[int] = []

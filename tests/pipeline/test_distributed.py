@@ -24,7 +24,7 @@ def test_torchrun_and_srun_are_understood(monkeypatch: pytest.MonkeyPatch) -> No
     assert launcher_place(torchrun) == (3, 4, 1, 2)
     assert "MASTER_ADDR" not in os.environ
     assert launcher_place(STEP) == (5, 8, 1, 4)
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu007", "24192")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu007", "20192")
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,7 @@ def resume(world: World, folder: str) -> dict[str, list[float]]:
     return rows
 
 
+@pytest.mark.slow
 def test_checkpoints_resume_at_any_stage_and_world_size(ranks: Callable[..., Any], tmp_path: Path) -> None:
     """Bit for bit at the same stage and world size; elsewhere within what another order of sums leaves."""
     folder = str(tmp_path / "checkpoints")

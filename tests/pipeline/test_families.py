@@ -92,6 +92,7 @@ def plain(config: ArchitectureConfig) -> Iterator[float]:
         yield loss.item()
 
 
+@pytest.mark.slow
 def test_every_family_trains_partitioned_as_alone(ranks: Callable[..., Any]) -> None:
     """Sums in another order leave some 1e-7 in a loss, which a few steps of Adam carry to about 1e-5."""
     got = ranks(__file__, "train_all", 2)
