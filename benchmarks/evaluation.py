@@ -1,7 +1,7 @@
 """What evaluations cost beside what they cannot do without: `python benchmarks/evaluation.py` on one core.
 
-Features and predictions of files beside the bare forward of the same images, k-nearest neighbours beside the matrix
-product alone, and corruptions in milliseconds. Rounds of the two that are compared alternate, as other work on a
+Features, accuracy and predictions of files beside the bare forward of the same images, k-nearest neighbours beside the
+matrix product alone, and corruptions in milliseconds. Rounds of the two that are compared alternate, as other work on a
 machine comes and goes.
 """
 
@@ -35,11 +35,13 @@ from vitscale.pipeline.evaluation.corruption_kinds import KINDS
 from vitscale.pipeline.evaluation.corruptions import corrupt
 from vitscale.pipeline.evaluation.features import features, of_arrays
 from vitscale.pipeline.evaluation.knn import CHUNK, knn
+from vitscale.pipeline.evaluation.stage import evaluate
 from vitscale.pipeline.inference import Classifier
 from vitscale.pipeline.prediction import find_files, predict_files
 from vitscale.pipeline.weights import Trained
 
 ROUNDS, SIDE, MICRO_BATCH = 3, 96, 32
+CPU = torch.device("cpu")
 
 
 def ratio(ours: Callable[[], object], bare: Callable[[], object]) -> dict[str, float]:
@@ -84,7 +86,7 @@ def of_features(folder: Path) -> dict[str, float]:
     """ViT-S/16 on 359 images, written to a new folder each time."""
     shard(str(folder / "images" / "test"), str(folder / "shards"), ShardConfig())
     network, preprocess = network_of(12, 384), Preprocess(SIDE, 1.0)
-    store, world = Store(str(folder / "shards"), "DATASET"), World(0, 1, 0, torch.device("cpu"))
+    store, world = Store(str(folder / "shards"), "DATASET"), World(0, 1, 0, CPU)
     settings = LoaderSettings(MICRO_BATCH, 1)
 
     def ours() -> None:
@@ -93,17 +95,33 @@ def of_features(folder: Path) -> dict[str, float]:
     return ratio(ours, forward(network, len(store)))
 
 
+def of_accuracy(folder: Path) -> dict[str, float]:
+    """Top-1, top-5 and the confusion matrix of ViT-S/16 on the same images."""
+    network = network_of(12, 384)
+    trained, store, world = trained_of(network), Store(str(folder / "shards"), "DATASET"), World(0, 1, 0, CPU)
+
+    def ours() -> None:
+        evaluate(trained, store, LoaderSettings(MICRO_BATCH, 1), world)
+
+    return ratio(ours, forward(network, len(store)))
+
+
+def trained_of(network: Network) -> Trained:
+    """A network as if it had been opened."""
+    state = network.state_dict()
+    tensors = Tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
+    classes = [str(number) for number in range(10)]
+    return Trained(Path(), network.config, classes, Preprocess(SIDE, 1.0), {}, lambda: tensors)
+
+
 def of_predictions(folder: Path, depth: int, width: int) -> dict[str, float]:
     """Classes of 2,154 image files, read and decoded by one process beside this one, in a Parquet file."""
     images = folder / f"images-{width}"
     for copy in range(6):
         shutil.copytree(folder / "images" / "test", images / str(copy))
-    network, preprocess = network_of(depth, width), Preprocess(SIDE, 1.0)
-    classes = [str(number) for number in range(10)]
-    state = network.state_dict()
-    tensors = Tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
-    classifier = Classifier(Trained(folder, network.config, classes, preprocess, {}, lambda: tensors))
-    files = find_files([str(images)], "FILES", preprocess, MICRO_BATCH, 1)
+    network = network_of(depth, width)
+    classifier = Classifier(trained_of(network))
+    files = find_files([str(images)], "FILES", classifier.preprocess, MICRO_BATCH, 1)
 
     def ours() -> None:
         predict_files(classifier, files, folder / "out.parquet", 3, lambda done, total, text="": None)
@@ -145,6 +163,7 @@ def main() -> None:
         write_digits(Path(folder) / "images")
         found = {
             "features": of_features(Path(folder)),
+            "accuracy": of_accuracy(Path(folder)),
             "predictions": of_predictions(Path(folder), 12, 384),
             "predictions_small": of_predictions(Path(folder), 4, 128),
             "knn": of_neighbours(),
