@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vitscale.errors import UserError
 from vitscale.model.build import build_network
 from vitscale.model.config import ArchitectureConfig
-from vitscale.model.flops import training_flops
 from vitscale.pipeline.activations import ROWS, Batch, bytes_an_image, taken
 from vitscale.pipeline.config import Config, FinetuneConfig
 from vitscale.pipeline.console import count
@@ -28,7 +27,7 @@ from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.engine import model_states
-from vitscale.pipeline.finetune import check_trained, choose_trained
+from vitscale.pipeline.finetune import check_trained, choose_trained, image_flops
 from vitscale.pipeline.micro_batch import RESERVE, around_frozen, bucket_bytes
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.placement import Placement, place
@@ -155,7 +154,7 @@ def estimate(config: Config, ranks: int, images: int, classes: int, memory: floa
         an_image=an_image,
         memory=memory,
         checkpoint=4.0 * (parameters + states.kept * (parameters - states.frozen)),
-        flop=float(training_flops(model)) * steps * batch,
+        flop=float(image_flops(model, config.finetune)) * steps * batch,
         peak=peak or PEAKS["16 bits" if engine.dtype != "fp32" else "tf32" if engine.tf32 else "fp32"],
         placement=placement,
     )

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitscale.errors import UserError
 from vitscale.model.adapt import adapt_weights
 from vitscale.model.build import build_network
 from vitscale.model.config import ArchitectureConfig, MixerConfig
+from vitscale.model.flops import training_flops
 from vitscale.model.interop.maps import our_shapes
 from vitscale.model.lora import DOWN, UP, add_lora, targets
 from vitscale.model.network import HEAD, Network
@@ -160,6 +164,20 @@ def choose_trained(network: Network, config: FinetuneConfig) -> None:
             trained = not config.freeze or (config.freeze != "all" and layers[name] > config.freeze)
         if not trained and not name.startswith(HEAD):
             parameter.requires_grad_(False)
+
+
+@lru_cache(maxsize=64)
+def image_flops(model: ArchitectureConfig, config: FinetuneConfig) -> int:
+    """Floating-point operations of training on one image: `training_flops`, less the gradients that nobody asks for."""
+    if not config.freeze and not config.lora_rank:
+        return training_flops(model)
+    side = model.img_size
+    with torch.device("meta"):
+        network = build_network(model, seed=None).eval()
+        choose_trained(network, config)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, 3, side, side)).sum().backward()
+    return counter.get_total_flops()
 
 
 def beginning(config: FinetuneConfig, model: ArchitectureConfig, preprocess: Preprocess) -> list[str]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from vitscale.model.config import ArchitectureConfig
-from vitscale.model.flops import training_flops
 from vitscale.pipeline.config import Config
 from vitscale.pipeline.distributed import World, sum_over_ranks
+from vitscale.pipeline.finetune import image_flops
 from vitscale.pipeline.timing import DTYPES, Stopwatch, measured_peak
 from vitscale.pipeline.wandb_run import WandbRun
 
@@ -166,7 +166,7 @@ class Meter:
         self, watch: Stopwatch, world: World, model: ArchitectureConfig, config: Config, first: int, total: int
     ) -> None:
         self._watch, self._world, self._total, self._size = watch, world, total, config.train.global_batch
-        self.flops = training_flops(model)  # of one image
+        self.flops = image_flops(model, config.finetune)  # of one image
         self.peak = measured_peak(world.device, DTYPES[config.engine.dtype])  # FLOP/s of a rank's device at best
         self._process = psutil.Process()
         self._pace = (0, 0.0)  # steps and seconds since the first reading, which began with a cold start

@@ -22,6 +22,7 @@ from vitscale.launch.recipes import RECIPES
 from vitscale.model import lora
 from vitscale.model.build import build_network
 from vitscale.model.config import MixerConfig, ResNetConfig, SwinConfig, ViTConfig
+from vitscale.model.flops import forward_macs
 from vitscale.model.initial import Rules, initial_weight
 from vitscale.model.interop import Tensors, View, described, exported
 from vitscale.model.vit import VisionTransformer
@@ -33,7 +34,7 @@ from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.engine import EMA, Engine
 from vitscale.pipeline.estimate import estimate
 from vitscale.pipeline.export import export
-from vitscale.pipeline.finetune import check_architecture, check_trained, choose_trained
+from vitscale.pipeline.finetune import check_architecture, check_trained, choose_trained, image_flops
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.optim import build_optimizer
 from vitscale.pipeline.placement import States, place
@@ -449,6 +450,23 @@ def test_architectures_without_what_is_asked_for() -> None:
     with pytest.raises(UserError, match=r"Set model\.img_size=32"):
         check_architecture(replace(mixer, img_size=48), trained)
     check_architecture(replace(mixer, img_size=48, patch_size=12), trained)  # as many, of resized patches
+
+
+def test_arithmetic_is_counted_of_what_is_trained() -> None:
+    """Blocks alone all but make up this network: a step of all is 3 forward passes, of none but the head 1."""
+    vit = replace(MODEL, depth=8)
+    forward = 2 * forward_macs(vit)
+
+    def passes(**chosen: Any) -> float:
+        return image_flops(vit, FinetuneConfig(**chosen)) / forward
+
+    assert passes() == 3
+    assert passes(freeze="all") == pytest.approx(1, abs=0.01)
+    assert passes(freeze=4) == pytest.approx(2, abs=0.05)
+    assert passes(freeze=8) == pytest.approx(1, abs=0.01)
+    small = image_flops(replace(vit, width=256, mlp_width=1024), FinetuneConfig(lora_rank=1))
+    # gradients of activations, of which attention has two products for each of the forward pass, and none of weights
+    assert small / (2 * forward_macs(replace(vit, width=256, mlp_width=1024))) == pytest.approx(2, abs=0.1)
 
 
 def test_what_is_frozen_and_what_lora_is_added_to() -> None:
