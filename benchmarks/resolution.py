@@ -2,8 +2,9 @@
 half an hour.
 
 A network pretrained at 32 px is fine-tuned for as many steps at 32 px, at 48 px with its positions interpolated, and at
-48 px with fresh ones, over several seeds: by the commands that a user would type. FOLDER holds all runs, and started
-again this goes on. CIFAR is a folder of `train-*.parquet` and `test-*.parquet`; without it digits alone are measured.
+48 px with fresh ones, over several seeds: by the recipes that ship and the commands that a user would type. FOLDER
+holds all runs, and started again this goes on. CIFAR is a folder of `train-*.parquet` and `test-*.parquet`; without it
+digits alone are measured.
 """
 
 import json
@@ -22,9 +23,9 @@ from vitscale.model.interop.maps import Tensors
 from vitscale.pipeline.formats import ours
 from vitscale.pipeline.weights import open_trained
 
-RECIPES = {  # the recipe of pretraining, how it is fine-tuned, and over how many seeds
-    "digits": ("digits-demo", ("optim.lr=1e-3", "optim.weight_decay=0", "train.duration=5ep"), 3),
-    "cifar10": ("cifar10-small", ("optim.lr=3e-4", "optim.weight_decay=0", "train.duration=0.4ep"), 2),
+RECIPES = {  # of pretraining and fine-tuning, and over how many seeds
+    "digits": ("digits-demo", "digits-demo-finetune", 3),
+    "cifar10": ("cifar10-small", "cifar10-small-finetune", 2),
 }
 VARIANTS = {"32 px": 32, "48 px, interpolated": 48, "48 px, fresh positions": 48}
 
@@ -58,7 +59,7 @@ def with_fresh_positions(run: Path, side: int, seed: int, folder: Path) -> None:
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Accuracy of each variant over the seeds; shards are in `folder`."""
-    recipe, settings, seeds = RECIPES[name]
+    recipe, tuning, seeds = RECIPES[name]
     data = (f"data.train={folder / 'train'}", f"data.val={folder / 'test'}", "eval.every=0")
     run = folder / "pretrained"
     vitscale("pretrain", recipe, *data, f"run.dir={run}", "--nproc", "2")
@@ -71,8 +72,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
                 start = folder / f"fresh-{seed}"
                 with_fresh_positions(run, side, seed, start)
             tuned = folder / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
-            words = (*settings, f"model.img_size={side}", f"run.seed={seed}", f"init_from={start}", f"run.dir={tuned}")
-            vitscale("finetune", recipe, *data, *words, "--nproc", "2")
+            words = (f"model.img_size={side}", f"run.seed={seed}", f"init_from={start}", f"run.dir={tuned}")
+            vitscale("finetune", tuning, *data, *words, "--nproc", "2")
             scores.append(accuracy(tuned))
         found[variant] = {"mean": round(mean(scores), 4), "runs": scores}
         print(f"{name}: {variant}: {found[variant]}", flush=True)
