@@ -2,6 +2,7 @@
 
 import os
 import sys
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -108,6 +109,8 @@ def object_store() -> Iterator[tuple[ThreadedMotoServer, Any]]:
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    reset = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+    urllib.request.urlopen(reset).close()  # what other tests of this process left
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (
             ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
