@@ -23,9 +23,9 @@ from vitscale.model.interop.maps import Tensors
 from vitscale.pipeline.formats import ours
 from vitscale.pipeline.weights import open_trained
 
-RECIPES = {  # of pretraining and fine-tuning, and over how many seeds
-    "digits": ("digits-demo", "digits-demo-finetune", 3),
-    "cifar10": ("cifar10-small", "cifar10-small-finetune", 2),
+RECIPES = {  # of pretraining, for how long, and fine-tuning, and over how many seeds
+    "digits": ("digits-demo", "35ep", "digits-demo-finetune", 3),
+    "cifar10": ("cifar10-small", "1ep", "cifar10-small-finetune", 1),
 }
 VARIANTS = {"32 px": 32, "48 px, interpolated": 48, "48 px, fresh positions": 48}
 
@@ -59,10 +59,10 @@ def with_fresh_positions(run: Path, side: int, seed: int, folder: Path) -> None:
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Accuracy of each variant over the seeds; shards are in `folder`."""
-    recipe, tuning, seeds = RECIPES[name]
+    recipe, duration, tuning, seeds = RECIPES[name]
     data = (f"data.train={folder / 'train'}", f"data.val={folder / 'test'}", "eval.every=0")
     run = folder / "pretrained"
-    vitscale("pretrain", recipe, *data, f"run.dir={run}", "--nproc", "2")
+    vitscale("pretrain", recipe, *data, f"train.duration={duration}", f"run.dir={run}", "--nproc", "2")
     found: dict[str, Any] = {"pretrained at 32 px": accuracy(run)}
     for variant, side in VARIANTS.items():
         scores = []
