@@ -126,9 +126,8 @@ class EvaluateKind(Kind):
     def words(self, what: str, task: int) -> list[str]:
         named = {"out": self.out, "weights": self.weights, "device": self.device, "suite": self.suite,
                  "train": self.train, "class-map": self.class_map}  # fmt: skip
-        more = [word for key, value in named.items() if value for word in (f"--{key}", value)]
         counts = ["--micro-batch", str(self.micro_batch), "--workers", str(self.workers)]
-        return ["evaluate", self.checkpoint, self.dataset, *more, *counts]
+        return ["evaluate", self.checkpoint, self.dataset, *_options(named), *counts]
 
 
 @dataclass(frozen=True)
@@ -177,13 +176,17 @@ class ExportKind(Kind):
 
     def words(self, what: str, task: int) -> list[str]:
         named = {"format": self.format, "dtype": self.dtype, "weights": self.weights, "licence": self.licence}
-        more = [word for key, value in named.items() if value for word in (f"--{key}", value)]
-        return ["export", self.source, self.out, *more]
+        return ["export", self.source, self.out, *_options(named)]
 
 
 KINDS: dict[str, type[Kind]] = {
     kind.name: kind for kind in (ShardKind, VerifyKind, PretrainKind, FinetuneKind, EvaluateKind, ExportKind)
 }
+
+
+def _options(named: dict[str, str]) -> list[str]:
+    """`--KEY VALUE` of those that are not empty."""
+    return [word for key, value in named.items() if value for word in (f"--{key}", value)]
 
 
 def _there(path: str) -> bool:

@@ -119,8 +119,8 @@ class GridKind(Kind):
 
     def check_data(self, ranks: int) -> None:
         """Plan every run on its data, for so many ranks. Raises `UserError` for what can be known to fail."""
-        from vitscale.pipeline.data.store import Store
-        from vitscale.pipeline.planner import check_classes, plan
+        from vitscale.pipeline.data.store import Store, check_classes
+        from vitscale.pipeline.planner import plan
 
         test = Store(self.test, "--test") if self.test else None
         for run in self.runs:
@@ -159,7 +159,7 @@ class GridKind(Kind):
     def job_complete(self, what: str, task: int) -> bool:
         """Whether a job, and task of an array, has nothing to do."""
         if what == RUNS:
-            return task not in self.missing()
+            return run_complete(self.config(self.runs[task - 1]))
         if what == FINAL:
             return run_complete(self.config(self.final()))
         return what == TEST and bool(self.tested())

@@ -6,10 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from vitscale.errors import UserError
-from vitscale.launch.options import Debug, Nproc, Weights
+from vitscale.launch.options import DEVICES, WEIGHTS, Debug, Device, MicroBatch, Nproc, Weights, Workers
 from vitscale.launch.stage import run_ranks, stage
-
-DEVICES, WEIGHTS = ("auto", "cpu", "cuda"), ("auto", "raw", "ema")
 
 
 @stage
@@ -17,9 +15,9 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A run, a checkpoint or an export.")],
     dataset: Annotated[str, typer.Argument(help="Folder that `vitscale shard` wrote.")],
     out: Annotated[str, typer.Option(help="File of results; '' chooses one in the run's folder.")] = "",
-    micro_batch: Annotated[int, typer.Option(min=1, help="Images of one forward on each rank.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Loader processes of each rank.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    micro_batch: MicroBatch = 64,
+    workers: Workers = 1,
+    device: Device = "auto",
     weights: Weights = "auto",
     suite: Annotated[
         str,
@@ -109,7 +107,7 @@ def predict(
     out: Annotated[str, typer.Option(help="Table to write instead of printing: .parquet, .csv or .jsonl.")] = "",
     micro_batch: Annotated[int, typer.Option(min=1, help="With --out: images of one forward.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="With --out: processes that read images.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     debug: Debug = False,
 ) -> None:
     """Class names and probabilities of image files; with --out of any number of them.
@@ -149,9 +147,9 @@ def embed(
     source: Annotated[str, typer.Argument(help="Folder that `vitscale shard` wrote, a folder of images, or an image.")],
     out: Annotated[str, typer.Argument(help="File to write: .parquet.")],
     dtype: Annotated[str, typer.Option(help="Of the features: float32 or float16.")] = "float32",
-    micro_batch: Annotated[int, typer.Option(min=1, help="Images of one forward on each rank.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Loader processes of each rank.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    micro_batch: MicroBatch = 64,
+    workers: Workers = 1,
+    device: Device = "auto",
     weights: Weights = "auto",
     nproc: Nproc = 1,
     debug: Debug = False,

@@ -8,7 +8,7 @@ import typer
 
 from vitscale.errors import UserError
 from vitscale.launch import chain_cli
-from vitscale.launch.options import Debug, Force, Nproc, Overrides, Recipe, Test, Vary
+from vitscale.launch.options import DEVICES, Debug, Device, Force, Nproc, Overrides, Recipe, Test, Vary
 from vitscale.launch.recipes import RECIPES
 from vitscale.launch.stage import SettingsCommand, run_ranks, stage
 
@@ -106,7 +106,7 @@ def _no_start() -> UserError:
 def replay(
     run: Annotated[str, typer.Argument(help="Folder of a run.")],
     incident: Annotated[str, typer.Argument(help="Name of an incident, a folder in its incidents/.")],
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     nproc: Nproc = 1,
     debug: Debug = False,
 ) -> None:
@@ -118,7 +118,7 @@ def replay(
     from vitscale.pipeline.mirror import reading_folder
     from vitscale.pipeline.recipe import load_recipe
 
-    require_choice("--device", device, ("auto", "cpu", "cuda"))
+    require_choice("--device", device, DEVICES)
     recipe = reading_folder(run, "RUN") / "recipe.yaml"
     if not recipe.is_file():
         raise UserError("RUN", f"{run}, which has no recipe.yaml", "the folder of a run", "Check the path.")

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vitscale.errors import UserError
 from vitscale.model.config import ArchitectureConfig
@@ -15,17 +15,15 @@ from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.holdout import split
 from vitscale.pipeline.data.loader import LoaderSettings
 from vitscale.pipeline.data.order import Order
-from vitscale.pipeline.data.store import CacheSettings, Store
+from vitscale.pipeline.data.store import CacheSettings, Store, check_classes, check_images
 from vitscale.pipeline.distributed import World
+from vitscale.pipeline.evaluation import during
 from vitscale.pipeline.finetune import check_finetune, check_source, open_source
 from vitscale.pipeline.mirror import shown, working_folder
 from vitscale.pipeline.objectives.supervised import check_loss
 from vitscale.pipeline.schedule import parse_duration
 from vitscale.pipeline.wandb_run import require_wandb
 from vitscale.pipeline.weights import Trained
-
-if TYPE_CHECKING:
-    from vitscale.pipeline.evaluation.during import Suites
 
 # settings that may change when a run goes on: they leave its samples and its mathematics alone
 HARMLESS = (
@@ -60,7 +58,7 @@ class Plan:
     save_every: int
     keep_every: int
     eval_every: int
-    suites: "Suites | None"
+    suites: during.Suites | None
     force: bool
 
     @property
@@ -81,20 +79,13 @@ def plan(config: Config, world_size: int, check_files: bool = True, force: bool 
     Raises `UserError` for all that can be known to fail: missing folders, sizes that do not fit, a folder that holds
     a run of another recipe or of other data.
     """
-    from vitscale.pipeline.evaluation import during  # which works with plans
-
     for setting, value in (("run.dir", config.run.dir), ("data.train", config.data.mixture)):
         if not value:
             raise UserError(setting, "nothing", "a folder", f"Add {setting}=PATH to the command.")
     weights = [weight for _, weight in config.data.mixture]
     train, val = open_data(config, check_files)
     batch = config.train.global_batch
-    if batch < world_size:
-        remedy = "Raise it, or start fewer processes."
-        raise UserError("train.global_batch", f"{batch} for {world_size} ranks", "at least one image a rank", remedy)
-    if batch > len(train):
-        beside = " beside those of data.dev" if config.data.dev else ""
-        raise UserError("train.global_batch", batch, f"at most the {len(train)} training images{beside}", "Lower it.")
+    check_batch(config, len(train), world_size)
     train.check_cache(config.data.streams, config.data.window, int(config.data.cache_gb * 1e9))
     unit = 2 if config.augment.mixes else 1
     most = batch if config.engine.micro_batch == "auto" else config.engine.micro_batch
@@ -123,10 +114,7 @@ def plan(config: Config, world_size: int, check_files: bool = True, force: bool 
     fingerprint = train.fingerprint
     if len(weights) > 1:
         fingerprint = hashlib.sha256(f"{fingerprint} {weights}".encode()).hexdigest()
-    if config.optim.name in STAGE_0_OPTIMIZERS and config.engine.zero_stage:
-        got = f"{config.optim.name} with engine.zero_stage {config.engine.zero_stage}"
-        reason = "a ZeRO stage at which it is what it is without: it works on whole matrices, ZeRO on slices of vectors"
-        raise UserError("optim.name", got, reason, "Set engine.zero_stage=0, or choose adamw, sgd, lion or lamb.")
+    check_optimizer(config)
     check_loss(config.objective.loss, train.multi)
     require_wandb(config.run.wandb)
     check_finetune(config, model)
@@ -164,6 +152,25 @@ def plan(config: Config, world_size: int, check_files: bool = True, force: bool 
     )
 
 
+def check_batch(config: Config, images: int, ranks: int) -> None:
+    """Raise `UserError` for a global batch that leaves a rank without an image, or is more than there are."""
+    batch = config.train.global_batch
+    if batch < ranks:
+        remedy = "Raise it, or start fewer processes."
+        raise UserError("train.global_batch", f"{batch} for {ranks} ranks", "at least one image a rank", remedy)
+    if batch > images:
+        beside = " beside those of data.dev" if config.data.dev else ""
+        raise UserError("train.global_batch", batch, f"at most the {images} training images{beside}", "Lower it.")
+
+
+def check_optimizer(config: Config) -> None:
+    """Raise `UserError` for an optimizer that ZeRO would make another one of."""
+    if config.optim.name in STAGE_0_OPTIMIZERS and config.engine.zero_stage:
+        got = f"{config.optim.name} with engine.zero_stage {config.engine.zero_stage}"
+        reason = "a ZeRO stage at which it is what it is without: it works on whole matrices, ZeRO on slices of vectors"
+        raise UserError("optim.name", got, reason, "Set engine.zero_stage=0, or choose adamw, sgd, lion or lamb.")
+
+
 def open_data(config: Config, check_files: bool) -> tuple[Store, Store | None]:
     """What is trained on, and what is evaluated on, if anything: `data.val`, or what `data.dev` holds out.
 
@@ -176,8 +183,7 @@ def open_data(config: Config, check_files: bool) -> tuple[Store, Store | None]:
         if val.multi != train.multi:
             got = "several labels an image" if val.multi else "one label an image"
             raise UserError("data.val", got, "labels of the kind of data.train", "Use a dataset made like it.")
-        if not len(val):
-            raise UserError("data.val", "a dataset without images", "at least one", "Shard a source that has some.")
+        check_images(val, "data.val")
     return split(train, config.data.dev_share) if config.data.dev else (train, val)
 
 
@@ -249,16 +255,3 @@ def recipe_hash(config: Config) -> str:
     """sha256 of the settings that a run cannot change in mid-course."""
     rows = {key: value for key, value in flatten(to_dict(config)).items() if not key.startswith(HARMLESS)}
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-
-
-def check_classes(setting: str, got: list[str], other: str, expected: list[str]) -> None:
-    """Raise `UserError` unless a dataset has exactly the classes of `other`, in the same order."""
-    if got != expected:
-        differing = sorted(set(got) ^ set(expected))
-        names = ", ".join(repr(name) for name in differing[:4]) or "the same names in another order"
-        raise UserError(
-            setting,
-            f"{len(got)} classes that differ ({names})",
-            f"the {len(expected)} classes of {other}",
-            "Use a dataset of the same classes, or fine-tune on this one.",
-        )

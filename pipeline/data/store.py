@@ -277,3 +277,22 @@ def _cache(dataset: Dataset, settings: CacheSettings | None, setting: str) -> Sh
         got = f"{dataset.folder.url} without data.cache"
         raise UserError(setting, got, "a folder for its shards on a local disk", "Add data.cache=/local/disk/FOLDER.")
     return ShardCache(dataset.folder, settings.folder, settings.limit)
+
+
+def check_classes(setting: str, got: list[str], other: str, expected: list[str]) -> None:
+    """Raise `UserError` unless a dataset has exactly the classes of `other`, in the same order."""
+    if got != expected:
+        differing = sorted(set(got) ^ set(expected))
+        names = ", ".join(repr(name) for name in differing[:4]) or "the same names in another order"
+        raise UserError(
+            setting,
+            f"{len(got)} classes that differ ({names})",
+            f"the {len(expected)} classes of {other}",
+            "Use a dataset of the same classes, or fine-tune on this one.",
+        )
+
+
+def check_images(store: Store, setting: str) -> None:
+    """Raise `UserError`, naming `setting`, for a dataset without images."""
+    if not sum(int(sizes.sum()) for sizes in store.sizes):
+        raise UserError(setting, "a dataset without images", "at least one image", "Shard a source that has some.")

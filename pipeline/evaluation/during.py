@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -30,17 +30,19 @@ from vitscale.pipeline.evaluation.bootstrap import Interval
 from vitscale.pipeline.evaluation.classification import classification
 from vitscale.pipeline.evaluation.features import Features, features_of, identity_of
 from vitscale.pipeline.evaluation.suite_results import DETAIL
-from vitscale.pipeline.planner import Plan
 from vitscale.pipeline.run_folder import SCRATCH
 from vitscale.pipeline.watchdog import Watchdog
 from vitscale.pipeline.weights import Trained
+
+if TYPE_CHECKING:
+    from vitscale.pipeline.planner import Plan  # which has the `Suites`
 
 BEAT = 10.0  # seconds from one beat of the watchdog to the next, while a rank works on features
 UNLOGGED = ("class/", "bin")  # beginnings of names of numbers that a suite gives for each class, or bin
 COMMAND = {"--suite": "eval.suites", "DATASET": "eval.suites_data", "--train": "eval.suites_train"}  # as settings
 
 
-def evaluate(plan: Plan, world: World, engine: Engine, watchdog: Watchdog) -> dict[str, float]:
+def evaluate(plan: "Plan", world: World, engine: Engine, watchdog: Watchdog) -> dict[str, float]:
     """Accuracy of the weights, and of their average where there is one, whose values are named `ema_…`."""
     values = _accuracy(plan, world, engine, watchdog)
     if engine.averages:
@@ -57,7 +59,7 @@ def score(values: dict[str, float]) -> tuple[str, float]:
     return name, gather(values[name])[0]
 
 
-def _accuracy(plan: Plan, world: World, engine: Engine, watchdog: Watchdog) -> dict[str, float]:
+def _accuracy(plan: "Plan", world: World, engine: Engine, watchdog: Watchdog) -> dict[str, float]:
     assert plan.val is not None
     batches = _beaten(evaluation_batches(plan.val, EvaluationView(plan.preprocess), plan.loader, world), watchdog)
     engine.objective.eval()
@@ -127,7 +129,7 @@ def planned(
     return Suites(chosen, store, of_train, every)
 
 
-def check_scratch(plan: Plan, world: World) -> None:
+def check_scratch(plan: "Plan", world: World) -> None:
     """Raise `UserError` on all ranks unless all of them see the folder where features lie for a while."""
     if plan.suites is None or not plan.suites.on_features:
         return
@@ -147,7 +149,7 @@ def check_scratch(plan: Plan, world: World) -> None:
         shutil.rmtree(probe.parent, ignore_errors=True)
 
 
-def measure(plan: Plan, world: World, engine: Engine, watchdog: Watchdog, step: int) -> dict[str, float]:
+def measure(plan: "Plan", world: World, engine: Engine, watchdog: Watchdog, step: int) -> dict[str, float]:
     """What suites find, on rank 0, as `knn/k10_top1`: means over the images, of the average where there is one.
 
     Features of a network that goes on changing are of no use again: they lie in a folder of the run's, which is removed

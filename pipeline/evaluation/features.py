@@ -20,7 +20,7 @@ from vitscale.model.network import Network
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.loader import Batch, EvaluationView, LoaderSettings, evaluation_batches
-from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.data.store import Store, check_images
 from vitscale.pipeline.distributed import World, agree, gather
 from vitscale.pipeline.objectives.supervised import Supervised
 
@@ -132,19 +132,18 @@ def features_of(
     folder = root / f"{store.name}-{name}"
     found = gather(read(folder) is not None if world.main else None)[0]
     if not found:
-        _compute(represent, store, preprocess, settings, world, folder, told)
+        batches, images = evaluation_batches(store, EvaluationView(preprocess), settings, world), len(store)
+
+        def write(partial: Path) -> None:
+            _write(represent, batches, images, world, partial, told["dtype"])
+
+        _compute(write, world, folder, {"images": images, **told})
     kept = read(folder)
     remedy = "Give all nodes one folder for results."
     missing = UserError("--out", f"{folder}, which this node cannot see", "a folder that all ranks share", remedy)
     agree(None if kept else missing)
     assert kept is not None
     return kept
-
-
-def check_images(store: Store, setting: str) -> None:
-    """Raise `UserError`, naming `setting`, for a dataset without images."""
-    if not sum(int(sizes.sum()) for sizes in store.sizes):
-        raise UserError(setting, "a dataset without images", "at least one image", "Shard a source that has some.")
 
 
 def read(folder: Path) -> Features | None:
@@ -164,22 +163,13 @@ def read(folder: Path) -> Features | None:
     return Features(parts, labels, keys) if whole else None
 
 
-def _compute(
-    represent: Represent,
-    store: Store,
-    preprocess: Preprocess,
-    settings: LoaderSettings,
-    world: World,
-    folder: Path,
-    told: dict[str, Any],
-) -> None:
-    """Compute and publish: all ranks write into one hidden folder, which rank 0 gives its name in the end."""
+def _compute(write: Callable[[Path], None], world: World, folder: Path, told: dict[str, Any]) -> None:
+    """Compute and publish: all ranks `write` into one hidden folder, which rank 0 gives its name in the end."""
     partial = Path(gather(str(folder.with_name(f".{folder.name}-{os.getpid()}")))[0])
-    part = (world.rank, world.size)
     error = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _write(represent, store, preprocess, settings, world, partial, told["dtype"])
+        write(partial)
     except UserError as problem:
         error = problem
     except OSError as problem:
@@ -187,8 +177,8 @@ def _compute(
     try:
         agree(error)
         if world.main:
-            parts = [(rank, part[1]) for rank in range(part[1])]
-            publish_text(partial / DONE, json.dumps({"format": FORMAT, "images": len(store), "parts": parts, **told}))
+            parts = [(rank, world.size) for rank in range(world.size)]
+            publish_text(partial / DONE, json.dumps({"format": FORMAT, "parts": parts, **told}))
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         gather(None)
@@ -198,20 +188,12 @@ def _compute(
 
 
 @torch.no_grad()  # not inference_mode: partitioned weights that were gathered in it could not be trained
-def _write(
-    represent: Represent,
-    store: Store,
-    preprocess: Preprocess,
-    settings: LoaderSettings,
-    world: World,
-    folder: Path,
-    dtype: str,
-) -> None:
+def _write(represent: Represent, batches: Iterator[Batch], images: int, world: World, folder: Path, dtype: str) -> None:
     """This rank's rows, written batch by batch to mapped files, which the kernel empties to disk as it sees fit."""
-    low, high = order.rank_rows(len(store), world.rank, world.size)
+    low, high = order.rank_rows(images, world.rank, world.size)
     labels, keys = np.zeros(high - low, np.int64), np.zeros(high - low, np.int64)
     values = None
-    for batch in evaluation_batches(store, EvaluationView(preprocess), settings, world):
+    for batch in batches:
         found_BD = represent(batch).cpu().numpy()
         if values is None:
             name = folder / _name("values", world.rank, world.size)

@@ -12,16 +12,14 @@ import pyarrow as pa
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
 from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, evaluation_batches, worker_deaths
-from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.data.store import Store, check_classes, check_images
 from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.evaluation.bootstrap import Interval, wilson
 from vitscale.pipeline.evaluation.class_map import SUBSET, MappedTrained, mapped
 from vitscale.pipeline.evaluation.classification import classification
-from vitscale.pipeline.evaluation.features import check_images
 from vitscale.pipeline.evaluation.rows import NAME, Subject, add_rows
 from vitscale.pipeline.mirror import send, shown
 from vitscale.pipeline.objectives.supervised import Supervised
-from vitscale.pipeline.planner import check_classes
 from vitscale.pipeline.weights import Trained, open_trained
 
 MOST_SHOWN_CLASSES = 20
@@ -57,13 +55,20 @@ def check_same_classes(trained: Trained, store: Store) -> None:
         raise UserError(error.setting, error.got, error.expected, f"{error.remedy} Or add --class-map FILE.") from None
 
 
-def evaluate(trained: Trained, store: Store, settings: LoaderSettings, world: World) -> dict[str, Any]:
-    """Results of a classifier on every image of a dataset, on all ranks alike.
+def opened(trained: Trained, world: World) -> Supervised:
+    """The network with its preprocessing, on the device of this rank."""
+    return Supervised(trained.load(), trained.preprocess).eval().to(world.device)
+
+
+def evaluate(
+    trained: Trained, store: Store, settings: LoaderSettings, world: World, objective: Supervised | None = None
+) -> dict[str, Any]:
+    """Results of a classifier, which may be `opened` already, on every image of a dataset, on all ranks alike.
 
     The loss is softmax cross-entropy, of images with several labels sigmoid cross-entropy. Raises `UserError` for
     logits that are not finite.
     """
-    objective = Supervised(trained.load(), trained.preprocess).eval().to(world.device)
+    objective = objective or opened(trained, world)
     batches = evaluation_batches(store, EvaluationView(trained.preprocess), settings, world)
     with worker_deaths(settings.workers):
         loss = "sigmoid" if store.multi else "softmax"

@@ -63,7 +63,7 @@ def evaluate(
     path = Path(out) if out else stage.results_path(trained, store)
     task = suites.Task(trained, store, train_store, settings, world, path.parent, path.stem)
     if store.classes == trained.classes:
-        results = stage.evaluate(trained, store, settings, world)
+        results = stage.evaluate(trained, store, settings, world, task.objective)
     else:
         results = {**stage.about(trained, store), "classes": store.classes, "images": len(store), "suites": {}}
     found_by = suites.run(suites.parse(suite), task)

@@ -13,7 +13,7 @@ import torch
 from vitscale.errors import UserError
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, worker_deaths
-from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.data.store import Store, check_classes, check_images
 from vitscale.pipeline.distributed import World, agree, gather
 from vitscale.pipeline.evaluation import calibration as calibrating
 from vitscale.pipeline.evaluation import corruptions as corrupting
@@ -21,11 +21,11 @@ from vitscale.pipeline.evaluation import fewshot as few
 from vitscale.pipeline.evaluation import knn as nearest
 from vitscale.pipeline.evaluation import linear as probing
 from vitscale.pipeline.evaluation import robustness as robust
-from vitscale.pipeline.evaluation.features import Features, check_images, features
+from vitscale.pipeline.evaluation.features import Features, features
 from vitscale.pipeline.evaluation.outcomes import Outcomes, in_order, outcomes
+from vitscale.pipeline.evaluation.stage import opened
 from vitscale.pipeline.mirror import shown
 from vitscale.pipeline.objectives.supervised import Supervised
-from vitscale.pipeline.planner import check_classes
 from vitscale.pipeline.weights import Trained
 
 Values = Iterator[tuple[str, Any]]
@@ -51,7 +51,7 @@ class Task:
 
     @cached_property
     def objective(self) -> Supervised:
-        return Supervised(self.trained.load(), self.trained.preprocess).eval().to(self.world.device)
+        return opened(self.trained, self.world)
 
     @cached_property
     def outcomes(self) -> Outcomes:
