@@ -96,9 +96,9 @@ def make_objective(model: ViTConfig) -> Supervised:
 def make_batch(world: World, model: ViTConfig, rows: int, step: int) -> dict[str, Tensor]:
     """Noise with labels, another on each rank and in each step."""
     generator = torch.Generator().manual_seed(step * world.size + world.rank)
-    side = model.img_size
+    height, width = model.height_width
     batch = {
-        "pixels": torch.randint(0, 256, (rows, side, side, 3), dtype=torch.uint8, generator=generator),
+        "pixels": torch.randint(0, 256, (rows, height, width, 3), dtype=torch.uint8, generator=generator),
         "label": torch.randint(0, CLASSES, (rows,), generator=generator),
         "weight": torch.ones(rows),
     }

@@ -42,7 +42,7 @@ def with_fresh_positions(run: Path, side: int, seed: int, folder: Path) -> None:
     trained = open_trained(str(run), "RUN")
     model = replace(trained.model, img_size=side)
     found = trained.open()
-    shape = (1, model.grid**2 + model.placed_prefix, model.width)
+    shape = (1, model.patches + model.placed_prefix, model.width)
 
     def read(name: str) -> torch.Tensor:
         return initial_weight(name, shape, seed, initial_rules(model)) if name == "pos_embed" else found.read(name)

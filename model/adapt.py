@@ -8,18 +8,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitscale.model.embed import resize_pos_embed
+from vitscale.model.embed import Grid, resize_pos_embed
 from vitscale.model.network import HEAD
 
 Shape = tuple[int, ...]
 PATCHES = "patch_embed.proj.weight"
+POSITIONS = "pos_embed"
 BIASES = ".relative_position_bias_table"
 
 
 def adapt_weights(
-    shapes: Mapping[str, Shape], read: Callable[[str], Tensor], config: Any, own_shapes: Mapping[str, Shape]
+    shapes: Mapping[str, Shape],
+    read: Callable[[str], Tensor],
+    trained: Grid,
+    config: Any,
+    own_shapes: Mapping[str, Shape],
 ) -> tuple[set[str], Callable[[str], Tensor], list[str]]:
     """Fit pretrained weights, of these `shapes` and read by name, to a network of `config` and `own_shapes`.
+
+    `trained` is the grid of patches that they were made for.
 
     Returns the names of those kept, a function that reads one of them, adapted, and a line for each thing that is not
     kept as it is. Positions are interpolated (`resize_pos_embed`), and so are Swin's position biases for other windows;
@@ -33,7 +40,8 @@ def adapt_weights(
     notes: list[str] = []
     for name in sorted(own.keys() & kept.keys()):
         before, after = kept[name], own[name]
-        change = None if before == after else _change(name, before, after, config)
+        same = before == after and (name != POSITIONS or trained == config.grid)
+        change = None if same else _change(name, before, after, trained, config)
         if change:
             changes[name], said = change
             kept[name] = after
@@ -55,15 +63,15 @@ def adapt_weights(
     return set(kept), adapted, notes
 
 
-def _change(name: str, before: Shape, after: Shape, config: Any) -> tuple[Callable[[Tensor], Tensor], str] | None:
+def _change(
+    name: str, before: Shape, after: Shape, trained: Grid, config: Any
+) -> tuple[Callable[[Tensor], Tensor], str] | None:
     """How a tensor becomes one of another shape, and what to say of it; None if it cannot."""
-    if name == "pos_embed" and len(before) == 3 and before[2] == after[2]:
-        prefix = config.placed_prefix
-        side, grid = math.isqrt(max(before[1] - prefix, 0)), (config.grid, config.grid)
-        if side**2 != before[1] - prefix:
-            raise ValueError(f"position embeddings of {before[1] - prefix} patches do not form a square grid")
-        said = f"position embeddings interpolated from {side}×{side} to {config.grid}×{config.grid}"
-        return lambda weight: resize_pos_embed(weight, grid, prefix, config.antialias), said
+    if name == POSITIONS and before == (1, math.prod(trained) + config.placed_prefix, after[-1]):
+        sizes = [f"{rows}×{columns}" for rows, columns in (trained, config.grid)]
+        said = f"position embeddings interpolated from {sizes[0]} to {sizes[1]}"
+        prefix, antialias = config.placed_prefix, config.antialias
+        return lambda weight: resize_pos_embed(weight, trained, config.grid, prefix, antialias), said
     if name == PATCHES and len(before) == 4 and before[:2] == after[:2]:
         said = f"patches resized from {before[2]}×{before[3]} to {after[2]}×{after[3]} px"
         return lambda weight: resize_patches(weight, (after[2], after[3])), said

@@ -11,11 +11,24 @@ from vitscale.errors import UserError
 MOST_BLOCKS, MOST_SIZE = 1024, 1 << 24  # sanity: sizes may come from files that others made
 MOST_SIDE = 1 << 16  # of an image, in px
 
+Size = int | tuple[int, int]  # of an image in px: the side of a square, or height and width
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """Of an image, in px."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def in_pixels(size: Size) -> str:
+    """A size for people: `384 px`, or `384×512 px`, height first."""
+    return f"{'×'.join(map(str, size)) if isinstance(size, tuple) else size} px"
+
 
 class ArchitectureConfig:
-    """What every family has: the side of the images that it is made for in px, and the number of classes.
+    """What every family has: the size of the images that it is made for in px, and the number of classes.
 
-    `patch_size` is the side in px of which an image's has to be a multiple, and `depth` the number of residual blocks.
+    `img_size` is the side of squares, or height and width: such a pair of equal numbers becomes one.
+    `patch_size` is the side in px of which an image's have to be multiples, and `depth` the number of residual blocks.
     `drop_path` is the rate of stochastic depth at the last block: the caller of a network draws the branches to drop.
     `img_size` alone may differ between pretraining and fine-tuning, besides the head and what acts in training only.
     """
@@ -23,16 +36,28 @@ class ArchitectureConfig:
     family: ClassVar[str]
     alike: ClassVar[bool] = True  # whether all blocks are of one form, so that two of them tell what all of them take
 
-    img_size: int
+    img_size: Size
     num_classes: int
     drop_path: float
     patch_size: int
     depth: int
 
     @property
-    def grid(self) -> int:
-        """Patches along one side of the image."""
-        return self.img_size // self.patch_size
+    def height_width(self) -> tuple[int, int]:
+        """Of the images, in px."""
+        return height_width(self.img_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.height_width
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        rows, columns = self.grid
+        return rows * columns
 
     @property
     def summary(self) -> str:
@@ -43,21 +68,23 @@ class ArchitectureConfig:
 
     def check_sizes(self, names: Iterable[str]) -> None:
         """Raise `UserError` for sizes out of reason, and for images that do not consist of whole patches."""
+        size: Any = self.img_size
+        if isinstance(size, list | tuple):  # from JSON or a recipe it comes as a list
+            expected = "the side of a square in px, or height and width"
+            _require(len(size) == 2, "img_size", list(size), expected, "384, say, or [384,512].")
+            object.__setattr__(self, "img_size", size[0] if size[0] == size[1] else tuple(size))
         for name in names:
             value = getattr(self, name)
             limits = {"img_size": MOST_SIDE, "depth": MOST_BLOCKS, "depths": MOST_BLOCKS, "stem": MOST_BLOCKS}
             most = limits.get(name, MOST_SIZE)
             for one in value if isinstance(value, tuple | list) else [value]:
                 _require(_whole(one) and 1 <= one <= most, name, value, f"whole numbers from 1 to {most}", "Change it.")
-        if self.img_size % self.patch_size:
-            lower = max(self.img_size // self.patch_size, 1) * self.patch_size
-            _require(
-                False,
-                "img_size",
-                f"{self.img_size} with patches of {self.patch_size} px",
-                "a multiple of the patch size",
-                f"Set model.img_size to {lower} or {lower + self.patch_size}, or choose another patch size.",
-            )
+        patch = self.patch_size
+        for side in self.height_width:
+            lower = max(side // patch, 1) * patch
+            got = f"{side} with patches of {patch} px"
+            remedy = f"Set model.img_size to {lower} or {lower + patch}, or choose another patch size."
+            _require(side % patch == 0, "img_size", got, "a multiple of the patch size", remedy)
 
     def check_shares(self, **usual: str) -> None:
         """Raise `UserError` for a probability outside of [0, 1); `usual` has an example for each."""
@@ -70,12 +97,13 @@ class ArchitectureConfig:
 class ViTConfig(ArchitectureConfig):
     """Everything that fixes a Vision Transformer (Dosovitskiy et al. 2020); the options' defaults are the paper's.
 
-    `img_size` and `patch_size` are sides in pixels; `mlp_width` is the hidden width of a block's MLP.
+    `img_size` and `patch_size` are in pixels; `mlp_width` is the hidden width of a block's MLP.
 
     - `stem`: the blocks of each stage of a ResNet before the patches, whose side on its feature map is `patch_size`
       divided by its stride (the paper's hybrid: (3, 4, 9), or (3, 4, 6, 3)); empty: none.
     - `positions`: `learned`; `sincos2d`, fixed (Chen et al. 2021); or `rotary` (as in DINOv3, Siméoni et al. 2025).
-      Learned ones follow the image to another resolution by bicubic interpolation, with `antialias` or without.
+      Learned ones follow the image to another resolution by bicubic interpolation, with `antialias` or without; fixed
+      ones lie between those of `sincos_grid`, the rows and columns of patches that were trained (empty: the image's).
     - `class_token`, and `pool`: the `token` itself, the `avg` of the patches, or attention pooling (`map`, Zhai et al.
       2022). `fc_norm` puts the last norm behind the average. `distilled`: a second token with a head (DeiT).
     - `registers`: further tokens, without a place, that are not pooled (Darcet et al. 2023).
@@ -92,7 +120,7 @@ class ViTConfig(ArchitectureConfig):
 
     family: ClassVar[str] = "vit"
 
-    img_size: int
+    img_size: Size
     patch_size: int
     depth: int
     width: int
@@ -104,6 +132,7 @@ class ViTConfig(ArchitectureConfig):
     drop_path: float = 0.0
     stem: tuple[int, ...] = ()
     positions: str = "learned"
+    sincos_grid: tuple[int, ...] = ()
     antialias: bool = True
     class_token: bool = True
     pool: str = "token"
@@ -148,6 +177,12 @@ class ViTConfig(ArchitectureConfig):
             )
         if self.positions == "sincos2d":
             _require(self.width % 4 == 0, "width", self.width, "a multiple of 4, for sincos2d", "Change it.")
+        grid = () if tuple(self.sincos_grid) == self.grid else tuple(self.sincos_grid)
+        object.__setattr__(self, "sincos_grid", grid)
+        if grid:
+            sound = len(grid) == 2 and all(_whole(each) and 1 <= each <= MOST_SIDE for each in grid)
+            sound = sound and self.positions == "sincos2d"
+            _require(sound, "sincos_grid", grid, "rows and columns of sincos2d positions", "Take it out.")
         if self.stem:
             got = f"{self.patch_size} with a stem of stride {self.stem_stride}"
             fits = self.patch_size % self.stem_stride == 0
@@ -159,6 +194,12 @@ class ViTConfig(ArchitectureConfig):
     def stem_stride(self) -> int:
         """Pixels a side of the image that one pixel of the stem's feature map stands for; 1 without a stem."""
         return 2 ** (len(self.stem) + 1) if self.stem else 1
+
+    @property
+    def placed_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches that fixed positions were trained with."""
+        rows, columns = self.sincos_grid or self.grid
+        return rows, columns
 
     @property
     def prefix(self) -> int:
@@ -190,7 +231,7 @@ class SwinConfig(ArchitectureConfig):
     family: ClassVar[str] = "swin"
     alike: ClassVar[bool] = False
 
-    img_size: int
+    img_size: Size
     patch: int
     window: int
     width: int
@@ -231,7 +272,7 @@ class MixerConfig(ArchitectureConfig):
 
     family: ClassVar[str] = "mixer"
 
-    img_size: int
+    img_size: Size
     patch_size: int
     depth: int
     width: int
@@ -259,7 +300,7 @@ class ResNetConfig(ArchitectureConfig):
     family: ClassVar[str] = "resnet"
     alike: ClassVar[bool] = False
 
-    img_size: int
+    img_size: Size
     depths: tuple[int, ...]
     factor: int
     num_classes: int
@@ -306,7 +347,14 @@ def from_dict(described: dict[str, Any]) -> ArchitectureConfig:
     return chosen(**known)
 
 
-_KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "tuple[int, ...]": (list, tuple)}
+_KINDS = {
+    "Size": (int, list, tuple),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "tuple[int, ...]": (list, tuple),
+}
 
 
 def _said(name: str, value: object) -> str:

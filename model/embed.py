@@ -52,28 +52,28 @@ def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return get
 
 
-def resize_pos_embed(pos_embed_1ND: Tensor, grid: Grid, prefix: int = 1, antialias: bool = True) -> Tensor:
-    """Interpolate position embeddings in 2D to `grid` (rows, columns), by their place in the image.
+def resize_pos_embed(
+    pos_embed_1ND: Tensor, trained: Grid, grid: Grid, prefix: int = 1, antialias: bool = True
+) -> Tensor:
+    """Interpolate position embeddings in 2D from the grid `trained` to `grid`, by their place in the image.
 
-    The first `prefix` tokens (the class token) have no place and stay as they are; the others must form a square.
+    The first `prefix` tokens (the class token) have no place and stay as they are; the others lie row by row.
     Bicubic in float32, as `torch.nn.functional.interpolate` has it, with or without `antialias`; the result has the
     dtype of the input. Interpolation is linear and separable: two small matrices, which are kept from call to call, so
     that gradients reach the embeddings at any resolution. Dosovitskiy et al. 2020, section 3.2.
     """
     prefix_1ND, patches_1ND = pos_embed_1ND[:, :prefix], pos_embed_1ND[:, prefix:]
-    side = math.isqrt(patches_1ND.shape[1])
-    if side * side != patches_1ND.shape[1]:
-        raise ValueError(f"position embeddings of {patches_1ND.shape[1]} patches do not form a square grid")
     symbolic = isinstance(grid[0], torch.SymInt) or isinstance(grid[1], torch.SymInt)  # a graph for any size
-    if not symbolic and (side, side) == tuple(grid):
+    if not symbolic and trained == tuple(grid):
         return pos_embed_1ND
-    patches_YXD = patches_1ND.float().unflatten(1, (side, side))[0]
+    patches_YXD = patches_1ND.float().unflatten(1, trained)[0]
     if symbolic:
         patches_1DYX = patches_YXD.permute(2, 0, 1)[None]
         resized_1DYX = F.interpolate(patches_1DYX, size=grid, mode="bicubic", antialias=antialias)
         resized_1ND = resized_1DYX.flatten(2).transpose(1, 2)
     else:
-        rows, columns = (_resizing(side, n, antialias, pos_embed_1ND.device) for n in grid)
+        sides, device = zip(trained, grid, strict=True), pos_embed_1ND.device
+        rows, columns = (_resizing(before, after, antialias, device) for before, after in sides)
         resized_1ND = torch.einsum("ay,bx,yxd->abd", rows, columns, patches_YXD).flatten(0, 1)[None]
     return torch.cat([prefix_1ND, resized_1ND.to(pos_embed_1ND.dtype)], dim=1)
 
@@ -86,15 +86,15 @@ def _resizing(before: int, after: int, antialias: bool, device: torch.device) ->
 
 
 @constant
-def sincos_positions(grid: Grid, width: int, trained: int, device: torch.device) -> Tensor:
+def sincos_positions(grid: Grid, width: int, trained: Grid, device: torch.device) -> Tensor:
     """Fixed positions (N, D) of a grid in float32: sines and cosines of column and row at D / 4 frequencies.
 
-    As `posemb_sincos_2d` of google-research/big_vision, temperature 10,000. Another grid than that of `trained` patches
-    a side takes places between: patch i of n lies at (i + 1/2) · trained / n - 1/2.
+    As `posemb_sincos_2d` of google-research/big_vision, temperature 10,000. Another grid than the one `trained` takes
+    places between: patch i of n lies at (i + 1/2) · trained / n - 1/2.
     """
     count = width // 4
     omega = 10_000 ** -(torch.arange(count, device=device) / max(count - 1, 1))
-    y, x = ((torch.arange(n, device=device) + 0.5) * trained / n - 0.5 for n in grid)
+    y, x = ((torch.arange(n, device=device) + 0.5) * known / n - 0.5 for n, known in zip(grid, trained, strict=True))
     y_YD, x_XD = y[:, None] * omega, x[:, None] * omega
     columns_XD = torch.cat([x_XD.sin(), x_XD.cos()], dim=1)
     rows_YD = torch.cat([y_YD.sin(), y_YD.cos()], dim=1)

@@ -9,12 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitscale.model.build import build_network
-from vitscale.model.config import ArchitectureConfig
+from vitscale.model.config import ArchitectureConfig, Size
 
 
 @lru_cache(maxsize=64)
-def forward_macs(config: Any, size: int | None = None) -> int:
-    """Multiply-adds of the forward pass of one image of `size` px a side (default: `config.img_size`).
+def forward_macs(config: Any, size: Size | None = None) -> int:
+    """Multiply-adds of the forward pass of one image of `size` in px (default: `config.img_size`).
 
     Matrix products and convolutions, as torch counts them while the network runs without memory or values. Biases,
     norms, softmax, GELU, residuals, Fourier transforms and the interpolation of positions are not counted. (timm's
@@ -25,7 +25,7 @@ def forward_macs(config: Any, size: int | None = None) -> int:
     with torch.device("meta"), torch.no_grad():
         network = build_network(config, seed=None).eval()
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            network(torch.empty(1, 3, config.img_size, config.img_size))
+            network(torch.empty(1, 3, *config.height_width))
     return counter.get_total_flops() // 2
 
 
@@ -35,7 +35,7 @@ def parameters(config: ArchitectureConfig) -> int:
         return sum(parameter.numel() for parameter in build_network(config, seed=None).parameters())
 
 
-def training_flops(config: ArchitectureConfig, size: int | None = None) -> int:
+def training_flops(config: ArchitectureConfig, size: Size | None = None) -> int:
     """Floating-point operations of training on one image: 2 to a multiply-add, 3 forward passes' worth.
 
     A backward pass costs two forward passes: gradients of inputs and of weights. What is computed a second time to

@@ -13,7 +13,7 @@ from vitscale.model.network import Network
 class MLPMixer(Network):
     """Patches → blocks that mix tokens, then channels → classifier on the average of the tokens.
 
-    Parameter names are timm's. Images are of `config.img_size` px a side: the weights that mix tokens are of as many.
+    Parameter names are timm's. Images are of `config.img_size`: the weights that mix tokens are of as many.
     """
 
     config: MixerConfig
@@ -50,9 +50,9 @@ class MLPMixer(Network):
         """
         if weights is not None:
             raise ValueError("an MLP-Mixer has no attention to return")
-        side, (height, width) = self.config.img_size, images_BCYX.shape[-2:]
-        if (height, width) != (side, side):
-            expected = f"{side}×{side} px, to which an MLP-Mixer's weights between tokens are tied"
+        (rows, columns), (height, width) = self.config.height_width, images_BCYX.shape[-2:]
+        if (height, width) != (rows, columns):
+            expected = f"{rows}×{columns} px, to which an MLP-Mixer's weights between tokens are tied"
             raise UserError("images", f"{height}×{width} px", expected, "Resize them, or take another architecture.")
         return self.norm(self.through(self.blocks, self.stem(images_BCYX), keep_L2B))
 
@@ -68,7 +68,7 @@ class MixerBlock(Block):
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.mlp_tokens = MLP(config.grid**2, config.tokens_width, config.dropout)
+        self.mlp_tokens = MLP(config.patches, config.tokens_width, config.dropout)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp_channels = MLP(config.width, config.channels_width, config.dropout)
 

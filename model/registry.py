@@ -105,7 +105,7 @@ PATTERNS: dict[str, Callable[..., Named]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`model:` – a named architecture, and what differs from it (null: as named). Sides of images and patches in px.
+    """`model:` – a named architecture, and what differs from it (null: as named). Sizes of images and patches in px.
 
     `vitscale.model.config` says what each setting of each family is, and `vitscale models` lists names.
 
@@ -114,7 +114,7 @@ class ModelConfig:
     """
 
     name: str = "vit_base_patch16_224"
-    img_size: int | None = None
+    img_size: Any = None
     patch_size: int | None = None
     depth: int | None = None
     width: int | None = None

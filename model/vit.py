@@ -36,7 +36,7 @@ class VisionTransformer(Network):
         self.dist_token = token(1, width) if config.distilled else None
         self.reg_token = token(config.registers, width) if config.registers else None
         learned = config.positions == "learned"
-        self.pos_embed = token(config.grid**2 + config.placed_prefix, width) if learned else None
+        self.pos_embed = token(config.patches + config.placed_prefix, width) if learned else None
         self.pos_drop = nn.Dropout(config.dropout)
         self.norm_pre = nn.LayerNorm(width, eps=eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(make_block(config) for _ in range(config.depth))
@@ -106,11 +106,11 @@ class VisionTransformer(Network):
         patches_BND = self.patch_embed(images_BCYX)
         prefix, rope = [each for each in (self.cls_token, self.dist_token) if each is not None], None
         if self.pos_embed is not None:
-            places_1ND = resize_pos_embed(self.pos_embed, grid, config.placed_prefix, config.antialias)
+            places_1ND = resize_pos_embed(self.pos_embed, config.grid, grid, config.placed_prefix, config.antialias)
             prefix = [each + places_1ND[:, i : i + 1] for i, each in enumerate(prefix)]
             patches_BND = patches_BND + places_1ND[:, config.placed_prefix :]
         elif config.positions == "sincos2d":
-            places_ND = sincos_positions(grid, config.width, config.grid, images_BCYX.device)
+            places_ND = sincos_positions(grid, config.width, config.placed_grid, images_BCYX.device)
             patches_BND = patches_BND + places_ND.to(patches_BND.dtype)
         else:
             rope = rotary_positions(grid, config.width // config.heads, images_BCYX.device)

@@ -115,10 +115,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """`augment:` – how a training image becomes a square of `model.img_size` px.
+    """`augment:` – how a training image becomes one of `model.img_size` px.
 
     `crop`: `resized` takes a random part of `scale_min` to 1 of the area and resizes it (Szegedy et al. 2015);
-    `shift` resizes the whole image and moves it by up to `shift` of the side, edges repeated; `none` only resizes.
+    `shift` resizes the whole image and moves it by up to `shift` of a side, edges repeated; `none` only resizes.
     `flip` mirrors every second image. `eval_crop` is the share of the shorter side kept in evaluation.
 
     Then, on the device: `randaugment_ops` operations an image at `randaugment_magnitude` of 10 (RandAugment, Cubuk et

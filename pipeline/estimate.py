@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vitscale.errors import UserError
 from vitscale.model.build import build_network
-from vitscale.model.config import ArchitectureConfig
+from vitscale.model.config import ArchitectureConfig, in_pixels
 from vitscale.pipeline.activations import ROWS, Batch, bytes_an_image, taken
 from vitscale.pipeline.config import Config, FinetuneConfig
 from vitscale.pipeline.console import count
@@ -173,7 +173,7 @@ def objective(form: Form, blocks: int) -> Supervised:
 @lru_cache(maxsize=64)
 def image_bytes(form: Form) -> float:
     """Bytes that each image of a micro batch takes at the peak of a step, of tensors that are not there."""
-    cpu, dtype, model, side = torch.device("cpu"), DTYPES[form.dtype], form.model, form.model.img_size
+    cpu, dtype, model = torch.device("cpu"), DTYPES[form.dtype], form.model
     short, before, after = around_frozen(form.finetune, model.depth)
 
     def build(blocks: int) -> nn.Module:
@@ -189,7 +189,7 @@ def image_bytes(form: Form) -> float:
         return made
 
     def batch_of(rows: int) -> Batch:
-        pixels = torch.zeros(rows, side, side, 3, dtype=torch.uint8)
+        pixels = torch.zeros(rows, *model.height_width, 3, dtype=torch.uint8)
         whole = {name: torch.zeros(rows, dtype=torch.int64) for name in ("label", "key", "epoch")}
         mixed = {"targets": torch.zeros(rows, model.num_classes)} if form.mixes else {}
         return {"pixels": pixels, "weight": torch.ones(rows), **whole, **mixed}
@@ -208,7 +208,7 @@ def lines(found: Estimate, mfu: float) -> Iterator[str]:
     """The estimate for people; `mfu` is the assumed share of the peak."""
     gpus, batches = count(found.ranks, "GPU"), "micro batches" if found.accumulation != 1 else "micro batch"
     many = found.steps * found.global_batch
-    yield f"model       {found.parameters:,} parameters, images of {found.model.img_size} px"
+    yield f"model       {found.parameters:,} parameters, images of {in_pixels(found.model.img_size)}"
     yield (
         f"batch       {found.global_batch:,} images on {gpus}: {found.accumulation:,} {batches} of"
         f" {found.micro_batch:,}{_padding(found)}"

@@ -119,9 +119,9 @@ def _export(
 
     `trained` has weights rounded to `dtype`, and `expected` are its logits on the fixed images of a height and width.
     """
-    form, side, patch = module_of(name), trained.model.img_size, trained.model.patch_size
+    form, size, patch = module_of(name), trained.model.height_width, trained.model.patch_size
     more = patch if patch > 1 else 16
-    sizes = [(side, side), (side + more, side + 2 * more)] if dynamic_size and name in GRAPHS else [(side, side)]
+    sizes = [size, (size[0] + more, size[1] + 2 * more)] if dynamic_size and name in GRAPHS else [size]
     if name in GRAPHS:
         form.write(trained.load(), folder, dtype, dynamic_size)
     else:
@@ -143,6 +143,8 @@ def _export(
         "largest difference of logits": f"{found:.1e} on {IMAGES} images{told}, read by {reader}",
         **{f"sha256 of {path.name}": _sha256(path) for path in sorted(folder.iterdir())},
     }
+    if name == "hf" and size[0] != size[1]:
+        rows["image processor"] = "of images of other shapes it cuts off more than vitscale does: it can do no other"
     publish_text(folder / "README.md", card(trained, licence, form.LOADING, rows))
     publish_text(folder / "export.json", json.dumps({**rows, "max_difference": found}, indent=1))
     for path in folder.iterdir():

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitscale.errors import UserError
 from vitscale.model.adapt import adapt_weights
 from vitscale.model.build import build_network
-from vitscale.model.config import ArchitectureConfig, MixerConfig
+from vitscale.model.config import ArchitectureConfig, MixerConfig, in_pixels
 from vitscale.model.flops import training_flops
 from vitscale.model.interop.maps import our_shapes
 from vitscale.model.lora import DOWN, UP, add_lora, targets
@@ -26,7 +26,7 @@ from vitscale.pipeline.weights import Trained, open_trained
 # settings of a network that may differ from the trained one's: the weights are adapted, or do not depend on them
 ADAPTED = {
     "img_size", "patch_size", "window", "num_classes", "pre_logits", "head_bias", "dropout", "drop_path", "patch_drop",
-    "antialias",
+    "antialias", "sincos_grid",
 }  # fmt: skip
 PLAIN = (0.5, 0.5, 0.5)  # mean and deviation of values that were brought to [-1, 1]
 
@@ -76,7 +76,7 @@ def _adapt(
 ) -> tuple[set[str], Weights, list[str]]:
     tensors = trained.open()
     try:
-        return adapt_weights(tensors.shapes, tensors.read, ours, shapes)
+        return adapt_weights(tensors.shapes, tensors.read, trained.model.grid, ours, shapes)
     except ValueError as error:
         got, expected = f"{trained.path}: {error}", "weights of its architecture"
         raise UserError("init_from", got, expected, "Use another.") from error
@@ -90,10 +90,11 @@ def check_architecture(ours: ArchitectureConfig, trained: Trained) -> None:
         got, expected = f"{trained.path}, a {theirs.family}", f"the recipe's architecture, a {ours.family}"
         raise UserError("init_from", got, expected, remedy)
     if isinstance(ours, MixerConfig) and ours.grid != theirs.grid:
-        got = f"{ours.img_size} with weights of {theirs.img_size} px"
-        expected = f"the {theirs.grid}×{theirs.grid} patches to which an MLP-Mixer's weights between tokens are tied"
-        side = theirs.grid * ours.patch_size
-        raise UserError("model.img_size", got, expected, f"Set model.img_size={side}, or take another architecture.")
+        got = f"{in_pixels(ours.img_size)} with weights for {in_pixels(theirs.img_size)}"
+        rows, columns = theirs.grid
+        expected = f"the {rows}×{columns} patches to which an MLP-Mixer's weights between tokens are tied"
+        size = [rows * ours.patch_size, columns * ours.patch_size] if rows != columns else rows * ours.patch_size
+        raise UserError("model.img_size", got, expected, f"Set model.img_size={size}, or take another architecture.")
     names = [field.name for field in fields(ours) if field.name not in ADAPTED]
     names = [name for name in names if _shaping(ours, name) != _shaping(theirs, name)]
     if names:
@@ -171,12 +172,11 @@ def image_flops(model: ArchitectureConfig, config: FinetuneConfig) -> int:
     """Floating-point operations of training on one image: `training_flops`, less the gradients that nobody asks for."""
     if not config.freeze and not config.lora_rank:
         return training_flops(model)
-    side = model.img_size
     with torch.device("meta"):
         network = build_network(model, seed=None).eval()
         choose_trained(network, config)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            network(torch.empty(1, 3, side, side)).sum().backward()
+            network(torch.empty(1, 3, *model.height_width)).sum().backward()
     return counter.get_total_flops()
 
 

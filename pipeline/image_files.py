@@ -16,6 +16,7 @@ from vitscale.data_prep.decode import ImageRejected, decode_rgb
 from vitscale.data_prep.source_tar import IMAGE_SUFFIXES
 from vitscale.data_prep.sources import MAX_FILE_BYTES
 from vitscale.errors import UserError
+from vitscale.model.config import height_width
 from vitscale.pipeline.data.augment import Pixels, Preprocess
 from vitscale.pipeline.data.loader import worker_deaths
 from vitscale.pipeline.distributed import die_with_parent
@@ -105,8 +106,8 @@ class _Views(Dataset):
         self.preprocess = preprocess
 
     def __getitems__(self, files: list[str]) -> FileBatch:
-        side = self.preprocess.img_size
-        pixels, errors = np.zeros((len(files), side, side, 3), np.uint8), [""] * len(files)
+        shape = (len(files), *height_width(self.preprocess.img_size), 3)
+        pixels, errors = np.zeros(shape, np.uint8), [""] * len(files)
         for row, file in enumerate(files):
             try:
                 pixels[row] = self.preprocess.view(read_image(file))

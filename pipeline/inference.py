@@ -9,6 +9,7 @@ import torch
 
 from vitscale.data_prep.decode import ImageRejected
 from vitscale.errors import UserError
+from vitscale.model.config import height_width
 from vitscale.pipeline.data.augment import Pixels, normalise
 from vitscale.pipeline.image_files import read_image
 from vitscale.pipeline.weights import Trained, open_trained
@@ -69,8 +70,7 @@ class Classifier:
 
     def width(self) -> int:
         """D of features."""
-        side = self.preprocess.img_size
-        return self.features_of(torch.zeros(1, side, side, 3, dtype=torch.uint8)).shape[1]
+        return self.features_of(torch.zeros(1, *height_width(self.preprocess.img_size), 3, dtype=torch.uint8)).shape[1]
 
     def _views(self, images: Sequence[Pixels]) -> torch.Tensor:
         return torch.from_numpy(np.stack([self.preprocess.view(image) for image in images]))

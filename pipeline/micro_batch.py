@@ -142,11 +142,11 @@ def _images_a_second(objective: nn.Module, batch_of: Callable[[int], Batch], row
 def synthetic(plan: Plan, rows: int, device: torch.device) -> Batch:
     """A micro batch of noise in the form of the loader's; the global random numbers are left alone."""
     own = torch.Generator(device).manual_seed(0)
-    side, classes = plan.model.img_size, plan.model.num_classes
+    shape, classes = (rows, *plan.model.height_width, 3), plan.model.num_classes
     whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
     targets = {"targets": torch.zeros(rows, classes, dtype=torch.bool, device=device)} if plan.train.multi else {}
     return {
-        "pixels": torch.randint(256, (rows, side, side, 3), dtype=torch.uint8, device=device, generator=own),
+        "pixels": torch.randint(256, shape, dtype=torch.uint8, device=device, generator=own),
         "key": torch.randint(2**62, (rows,), generator=own, **whole),
         "label": torch.zeros(rows, **whole),
         "epoch": torch.zeros(rows, **whole),

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vitscale.errors import UserError
-from vitscale.model.config import ArchitectureConfig
+from vitscale.model.config import ArchitectureConfig, ViTConfig, from_dict
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.config import STAGE_0_OPTIMIZERS, Config, flatten, merge, to_dict
 from vitscale.pipeline.data import order
@@ -122,6 +122,7 @@ def plan(config: Config, world_size: int, check_files: bool = True, force: bool 
     source = open_source(config) if config.init_from and not resume else None
     if source:
         check_source(model, source)
+    model = placed(model, resume, source)
     preprocess = Preprocess(model.img_size, config.augment.eval_crop, **normalisation(resume, source))
     micro_batch = order.micro_batch_size(batch, world_size, most, unit)
     return Plan(
@@ -202,6 +203,14 @@ def evaluation_steps(config: Config, val: Store | None, every: int) -> int:
     if patience and not every:
         raise UserError("eval.patience", f"{patience} with eval.every 0", "evaluations on the way", "Set eval.every.")
     return every
+
+
+def placed(model: Any, resume: Path | None, source: Trained | None) -> Any:
+    """The architecture with fixed positions between those of the run that goes on, or of the weights that it starts
+    from."""
+    theirs: Any = from_dict(checkpoint.read_state(resume)["model"]) if resume else source.model if source else None
+    fixed = theirs and isinstance(model, ViTConfig) and model.positions == "sincos2d"
+    return replace(model, sincos_grid=theirs.placed_grid) if fixed else model
 
 
 def normalisation(resume: Path | None, source: Trained | None) -> dict[str, Any]:

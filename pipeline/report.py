@@ -17,6 +17,7 @@ from PIL import Image
 from vitscale.data_prep.decode import decode_rgb
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
+from vitscale.model.config import in_pixels
 from vitscale.pipeline.checkpoint import read_state
 from vitscale.pipeline.config import Config, flatten, to_dict
 from vitscale.pipeline.data.store import Store
@@ -86,7 +87,7 @@ def run_page(run: Path) -> RunPage:
         name=run.name,
         facts={
             "model": f"{recipe['model.name']}: {model.summary}",
-            "input": f"{model.img_size} px",
+            "input": in_pixels(model.img_size),
             "trained": f"{state['step']:,} steps, {state['examples']:,} images of {state['dataset']['samples']:,}",
             "ranks": f"{state['world_size']}, ZeRO-{state['zero_stage']}",
         },

@@ -14,6 +14,7 @@ from vitscale.data_prep.publish import publish_text
 from vitscale.errors import Requeue, UserError
 from vitscale.model import lora
 from vitscale.model.build import build_network, initial_rules
+from vitscale.model.config import in_pixels
 from vitscale.model.initial import initial_weight
 from vitscale.pipeline import checkpoint, incidents, micro_batch
 from vitscale.pipeline.config import to_dict
@@ -367,7 +368,7 @@ def announce(plan: Plan, world: World, engine: Engine, resume: Path | None, firs
     held = f" beside {len(plan.val):,} held out" if config.data.dev and plan.val is not None else ""
     say(f"{len(plan.train):,} images{held}, {model.num_classes} classes: {sets}")
     say(
-        f"{config.model.name}: {model.img_size} px, {model.summary};"
+        f"{config.model.name}: {in_pixels(model.img_size)}, {model.summary};"
         f" {plan.steps} steps of {config.train.global_batch} images, {epoch_steps} steps an epoch"
         f" ({left_out} images of each epoch left out, other ones each time)"
     )

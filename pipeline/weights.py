@@ -164,7 +164,7 @@ def _trained(
         if len(classes) != model.num_classes:
             raise ValueError(f"{len(classes)} class names for {model.num_classes} outputs")
         if preprocess.img_size != model.img_size:
-            raise ValueError(f"preprocessing to {preprocess.img_size} px for a model of {model.img_size} px")
+            raise ValueError(f"preprocessing to {preprocess.img_size} for a model of {model.img_size} px")
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             setting, f"{folder}: {error!r}", "architecture, classes and preprocessing", "Use another one."

@@ -40,11 +40,10 @@ def exported(layout: str, config: Any, ours: Tensors) -> Tensors:
     """
     check(ours.shapes, our_shapes(config))
     if isinstance(config, ViTConfig) and config.positions == "sincos2d":
-        grid = (config.grid, config.grid)
-        places_ND = sincos_positions(grid, config.width, config.grid, torch.device("cpu"))
+        places_ND = sincos_positions(config.grid, config.width, config.placed_grid, torch.device("cpu"))
         prefix = places_ND.new_zeros(config.placed_prefix, config.width)
         ours = with_more(ours, {"pos_embed": torch.cat([prefix, places_ND])[None]})
-        config = replace(config, positions="learned")
+        config = replace(config, positions="learned", sincos_grid=())
     if layout == "hugging_face":
         config, ours = hugging_face.complete(config, ours)
     return made(_MODULES[layout].layout(config).theirs, ours)

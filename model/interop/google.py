@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import UserError
-from vitscale.model.config import ArchitectureConfig, MixerConfig, ResNetConfig, ViTConfig
+from vitscale.model.config import ArchitectureConfig, MixerConfig, ResNetConfig, Size, ViTConfig, in_pixels
 from vitscale.model.interop.maps import Layout, Tensors, renamed, require
 from vitscale.model.interop.shapes import SIDE, Shapes, count, count_nested, grid_of, need
 from vitscale.model.interop.view import View
@@ -35,8 +35,8 @@ def familiar(theirs: Tensors) -> Tensors:
     return Tensors(shapes, lambda name: plain.read(name).flatten() if name in flat else plain.read(name))
 
 
-def read_config(shapes: Shapes, side: int = SIDE) -> ArchitectureConfig:
-    """The architecture of weights of these shapes, as `familiar` gives them; `side` in px where they do not tell.
+def read_config(shapes: Shapes, size: Size = SIDE) -> ArchitectureConfig:
+    """The architecture of weights of these shapes, as `familiar` gives them; `size` in px where they do not tell.
 
     Raises `UserError` (`weights`) if it is none of ours.
     """
@@ -44,7 +44,7 @@ def read_config(shapes: Shapes, side: int = SIDE) -> ArchitectureConfig:
     if "root_block/standardized_conv2d/kernel" in shapes:
         depths = count_nested(shapes, r"^block(\d+)/unit(\d+)/")
         first, last = need(shapes, "root_block/standardized_conv2d/kernel", 4), shapes.get("head/conv2d/kernel", (1,))
-        return ResNetConfig(side, depths, first[3] // 64, last[-1])
+        return ResNetConfig(size, depths, first[3] // 64, last[-1])
     if "stem/kernel" in shapes:
         patch, _, _, width = need(shapes, "stem/kernel", 4)
         tokens, tokens_width = need(shapes, "MixerBlock_0/token_mixing/Dense_0/kernel", 2)
@@ -88,6 +88,9 @@ def layout(config: ArchitectureConfig, found: Collection[str] = ()) -> Layout:
     """
     if isinstance(config, ResNetConfig):
         return _resnet(config)
+    if isinstance(config.img_size, tuple):
+        expected = "a square, in Google's files, which do not tell how positions lie"
+        raise UserError("model.img_size", in_pixels(config.img_size), expected, OTHERS)
     if isinstance(config, MixerConfig):
         return _mixer(config)
     if not isinstance(config, ViTConfig):

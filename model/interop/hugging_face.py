@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import UserError
-from vitscale.model.config import ArchitectureConfig, SwinConfig, ViTConfig
+from vitscale.model.config import ArchitectureConfig, SwinConfig, ViTConfig, in_pixels
 from vitscale.model.interop.maps import Layout, Made, Tensors, renamed, require, with_more
 
 OTHERS = "Export it in vitscale's own format, or timm's."
@@ -57,6 +57,9 @@ def model_type(config: ArchitectureConfig) -> str:
         require(config, "a DeiT of transformers", OTHERS, registers=(0,), **branches)
         return "deit"
     if config.layer_scale or config.mlp == "swiglu" or config.registers > 1:
+        if isinstance(config.img_size, tuple):
+            expected = "a square, in a DINOv2 of transformers, whose positions are taken for those of one"
+            raise UserError("model.img_size", in_pixels(config.img_size), expected, OTHERS)
         return "dinov2_with_registers" if config.registers else "dinov2"
     return "deit" if config.registers else "vit"
 

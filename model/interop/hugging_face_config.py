@@ -52,7 +52,7 @@ def read_config(described: Mapping[str, Any]) -> tuple[ArchitectureConfig, list[
         raise UserError("hidden_act", given["hidden_act"], " or ".join(ACTIVATIONS), "There is no such option here.")
     classes = _classes(given)
     ours = {
-        "img_size": _side(given["image_size"]),
+        "img_size": _size(given["image_size"]),
         "num_classes": max(len(classes), 1),
         "dropout": given["hidden_dropout_prob"],
     }
@@ -71,7 +71,7 @@ def describe(config: ArchitectureConfig, classes: list[str], view: View) -> dict
     described: dict[str, Any] = {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
-        "image_size": config.img_size,
+        "image_size": list(config.img_size) if isinstance(config.img_size, tuple) else config.img_size,
         "num_channels": 3,
         "qkv_bias": True,
         "hidden_act": "gelu_pytorch_tanh" if getattr(config, "mlp", "gelu") == "gelu_tanh" else "gelu",
@@ -99,7 +99,7 @@ def describe(config: ArchitectureConfig, classes: list[str], view: View) -> dict
             described["intermediate_size"] = config.mlp_width
         if kind == "dinov2_with_registers":
             described["num_register_tokens"] = config.registers
-    return {"config.json": described, "preprocessor_config.json": _preprocessing(config.img_size, view)}
+    return {"config.json": described, "preprocessor_config.json": _preprocessing(config.height_width, view)}
 
 
 def read_view(described: Mapping[str, Any]) -> tuple[View, list[str]]:
@@ -112,8 +112,8 @@ def read_view(described: Mapping[str, Any]) -> tuple[View, list[str]]:
     shorter = size.get("shortest_edge") if isinstance(size, dict) else size
     if described.get("do_center_crop", cut is not None) and cut is not None:
         # sides of one number were resized whole: older files of ViT, and of DeiT with its cut
-        resized = shorter if shorter is not None else _side(size["height"] if isinstance(size, dict) else size)
-        crop = min(_side(cut) / resized, 1.0)
+        resized = shorter if shorter is not None else max(_size(size))
+        crop = min(max(_size(cut)) / resized, 1.0)
     elif not isinstance(size, dict) or shorter is None:
         notes.append("they squeeze whole images to squares; here their central squares are taken")
     scale = 255 * described.get("rescale_factor", 1 / 255) if described.get("do_rescale", True) else 255.0
@@ -183,22 +183,32 @@ def _count(value: Any) -> int:
 
 
 def _side(value: Any) -> int:
-    """A side in px, where it may be both sides, or a mapping of them."""
-    sides = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    if not sides or any(side != sides[0] for side in sides) or not isinstance(sides[0], int):
-        raise UserError("image_size", value, "squares", "Images and patches are squares here.")
-    return sides[0]
+    """The side in px of patches, where it may be both sides."""
+    height, width = _size(value)
+    if height != width:
+        raise UserError("patch_size", value, "squares", "Patches are squares here.")
+    return height
 
 
-def _preprocessing(side: int, view: View) -> dict[str, Any]:
+def _size(value: Any) -> tuple[int, int]:
+    """Height and width in px, where it may be one for both, both, or a mapping of them."""
+    sides = [value[key] for key in ("height", "width")] if isinstance(value, dict) else value
+    sides = sides if isinstance(sides, list) else [sides, sides]
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError("image_size", value, "height and width in px", "Mend it.")
+    return sides[0], sides[1]
+
+
+def _preprocessing(size: tuple[int, int], view: View) -> dict[str, Any]:
+    """For images that are not square theirs cuts off more of some: no setting there resizes as ours does."""
     return {
         "image_processor_type": "BitImageProcessor",  # that which resizes the shorter side and cuts
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": round(side / view.crop)},
+        "size": {"shortest_edge": round(max(size) / view.crop)},
         "resample": 3,  # bicubic
         "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
+        "crop_size": dict(zip(("height", "width"), size, strict=True)),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -2,34 +2,35 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from math import isqrt
+from math import isqrt, prod
 
 from vitscale.errors import UserError
-from vitscale.model.config import ArchitectureConfig, MixerConfig, ResNetConfig, SwinConfig, ViTConfig
+from vitscale.model.config import ArchitectureConfig, MixerConfig, ResNetConfig, Size, SwinConfig, ViTConfig
 from vitscale.model.interop.maps import Shape
 
 HEADS = {64: 2, 96: 3, 1152: 16, 1280: 16, 1408: 16, 1664: 16}  # by width; elsewhere a head is 64 wide
-SIDE = 224  # of images in px, where weights do not tell
+SIDE: Size = 224  # of images in px, where weights do not tell
 
 Shapes = Mapping[str, Shape]
 
 
-def infer(shapes: Shapes, side: int | None = None, heads: int | None = None) -> ArchitectureConfig:
+def infer(shapes: Shapes, size: Size = SIDE, heads: int | None = None) -> ArchitectureConfig:
     """The architecture of weights of these shapes. Raises `UserError` (`weights`) if it is none of ours.
 
-    Shapes do not tell the number of heads, for which `heads` or what is usual for the width is taken; nor the `side` of
-    images in px, where there are no learned positions; nor options without weights: those are the defaults.
+    Shapes do not tell the number of heads, for which `heads` or what is usual for the width is taken; nor the `size` of
+    images in px, where there are no learned positions or these are not of a square; nor options without weights: those
+    are the defaults.
     """
     if any(name.endswith("relative_position_bias_table") for name in shapes):
-        return _swin(shapes, side or SIDE)
+        return _swin(shapes, size)
     if any(".mlp_tokens." in name for name in shapes):
-        return _mixer(shapes)
+        return _mixer(shapes, size)
     if "stages.0.blocks.0.conv1.weight" in shapes:
-        return _resnet(shapes, side or SIDE)
-    return infer_vit(shapes, side or SIDE, heads)
+        return _resnet(shapes, size)
+    return infer_vit(shapes, size, heads)
 
 
-def infer_vit(shapes: Shapes, side: int, heads: int | None) -> ViTConfig:
+def infer_vit(shapes: Shapes, size: Size, heads: int | None) -> ViTConfig:
     """The Vision Transformer of weights of these shapes."""
     width, _, patch, _ = need(shapes, "patch_embed.proj.weight", 4)
     fc1, fc2 = (need(shapes, f"blocks.0.mlp.fc{i}.weight", 2) for i in (1, 2))
@@ -42,12 +43,12 @@ def infer_vit(shapes: Shapes, side: int, heads: int | None) -> ViTConfig:
     registers = need(shapes, "reg_token", 3)[1] if "reg_token" in shapes else 0
     if "pos_embed" in shapes:
         placed = class_token + distilled
-        grid = grid_of(need(shapes, "pos_embed", 3)[1], (0, placed) if registers else (placed, 0), registers)
-        side = grid * patch * stride
+        before = (0, placed) if registers else (placed, 0)
+        size = _size_of(need(shapes, "pos_embed", 3)[1], before, registers, patch * stride, size)
     fc_norm = "fc_norm.weight" in shapes
     pool = "map" if "attn_pool.latent" in shapes else "token" if class_token and not fc_norm else "avg"
     return ViTConfig(
-        img_size=side,
+        img_size=size,
         patch_size=patch * stride,
         depth=count(shapes, r"^blocks\.(\d+)\."),
         width=width,
@@ -68,14 +69,14 @@ def infer_vit(shapes: Shapes, side: int, heads: int | None) -> ViTConfig:
     )
 
 
-def _swin(shapes: Shapes, side: int) -> SwinConfig:
+def _swin(shapes: Shapes, size: Size) -> SwinConfig:
     width, _, patch, _ = need(shapes, "patch_embed.proj.weight", 4)
     depths = count_nested(shapes, r"^layers\.(\d+)\.blocks\.(\d+)\.")
     tables = [
         need(shapes, f"layers.{stage}.blocks.0.attn.relative_position_bias_table", 2) for stage in range(len(depths))
     ]
     return SwinConfig(
-        img_size=side,
+        img_size=size,
         patch=patch,
         window=(isqrt(tables[0][0]) + 1) // 2 if tables else 0,
         width=width,
@@ -86,11 +87,11 @@ def _swin(shapes: Shapes, side: int) -> SwinConfig:
     )
 
 
-def _mixer(shapes: Shapes) -> MixerConfig:
+def _mixer(shapes: Shapes, size: Size) -> MixerConfig:
     width, _, patch, _ = need(shapes, "stem.proj.weight", 4)
     tokens_width, tokens = need(shapes, "blocks.0.mlp_tokens.fc1.weight", 2)
     return MixerConfig(
-        img_size=grid_of(tokens, (0,)) * patch,
+        img_size=_size_of(tokens, (0,), 0, patch, size),
         patch_size=patch,
         depth=count(shapes, r"^blocks\.(\d+)\."),
         width=width,
@@ -100,9 +101,9 @@ def _mixer(shapes: Shapes) -> MixerConfig:
     )
 
 
-def _resnet(shapes: Shapes, side: int) -> ResNetConfig:
+def _resnet(shapes: Shapes, size: Size) -> ResNetConfig:
     return ResNetConfig(
-        img_size=side,
+        img_size=size,
         depths=count_nested(shapes, r"^stages\.(\d+)\.blocks\.(\d+)\."),
         factor=need(shapes, "stem.conv.weight", 4)[0] // 64,
         num_classes=shapes["head.fc.weight"][0] if "head.fc.weight" in shapes else 1,
@@ -128,6 +129,16 @@ def count_nested(names: Iterable[str], pattern: str) -> tuple[int, ...]:
     found = {(int(match[1]), int(match[2])) for match in map(re.compile(pattern).search, names) if match}
     firsts = sorted({first for first, _ in found})
     return tuple(sum(each == first for each, _ in found) for first in firsts)
+
+
+def _size_of(rows: int, before: tuple[int, ...], registers: int, patch: int, told: Size) -> Size:
+    """The size in px of images of so many `rows` of positions (see `grid_of`): the pair that is `told`, if it is one
+    and has as many patches; else that of a square."""
+    if isinstance(told, tuple) and all(isinstance(side, int) for side in told):
+        others = rows - prod(side // max(patch, 1) for side in told)
+        if others in (*before, *(each + registers for each in before)):
+            return told
+    return grid_of(rows, before, registers) * patch
 
 
 def grid_of(rows: int, before: Iterable[int], registers: int = 0) -> int:

@@ -142,7 +142,7 @@ def _add_places(chosen: Layout, config: ViTConfig, found: Mapping[str, Shape] | 
     """Add what may lie otherwise in timm; returns the names of ours that this is."""
     rows = 0 if config.registers else config.placed_prefix
     if found and "pos_embed" in found and len(found["pos_embed"]) == 3:
-        rows = found["pos_embed"][1] - config.grid**2
+        rows = found["pos_embed"][1] - config.patches
         if rows not in (0, config.placed_prefix, config.placed_prefix + config.registers):
             rows = config.placed_prefix  # what does not fit is told by its shape
     here = {name: name for name in PLACES if name in our_shapes(config)}

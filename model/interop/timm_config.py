@@ -45,9 +45,9 @@ def read_config(
     for key, value in given.items():
         if not re.fullmatch(ARGUMENTS, key):
             raise UserError(f"model_args.{key}", value, "arguments known here", "There is no such option here.")
-    side = given.get("img_size") or trained.get("input_size", (3, 224, 224))[-1]
+    size = given.get("img_size") or trained.get("input_size", [3, 224, 224])[1:]
     heads = given.get("num_heads") or (16 if re.search(WIDE, name) else None)
-    config = infer(shapes, side[0] if isinstance(side, list) else side, heads if isinstance(heads, int) else None)
+    config = infer(shapes, tuple(size) if isinstance(size, list) else size, heads if isinstance(heads, int) else None)
     if isinstance(config, ViTConfig):
         config = _with_options(config, name, given, described.get("global_pool"))
     elif given.get("act_layer"):
@@ -72,7 +72,7 @@ def describe(config: ArchitectureConfig, classes: list[str], view: View) -> dict
     if not isinstance(config, ResNetConfig):
         arguments["img_size"] = config.img_size
     trained = {
-        "input_size": [3, config.img_size, config.img_size],
+        "input_size": [3, *config.height_width],
         "fixed_input_size": not isinstance(config, ResNetConfig),
         "interpolation": "bicubic",
         "crop_pct": view.crop,

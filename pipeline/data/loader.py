@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitscale.data_prep.decode import ImageRejected, decode_rgb
 from vitscale.errors import UserError
+from vitscale.model.config import Size, height_width
 from vitscale.pipeline.config import AugmentConfig
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.augment import Pixels, Preprocess, key_number, training_view
@@ -38,10 +39,10 @@ class Request(NamedTuple):
 
 
 class View(Protocol):
-    """How an encoded image becomes model input of `size` px a side. Picklable. Raises `ImageRejected`."""
+    """How an encoded image becomes model input of `size` px. Picklable. Raises `ImageRejected`."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> Size: ...
     def __call__(self, data: bytes, epoch: int, key: str) -> Pixels: ...
 
 
@@ -49,7 +50,7 @@ class View(Protocol):
 class TrainingView:
     """Random views, pure functions of (seed, epoch, sample key)."""
 
-    size: int
+    size: Size
     augment: AugmentConfig
     seed: int
 
@@ -64,7 +65,7 @@ class EvaluationView:
     preprocess: Preprocess
 
     @property
-    def size(self) -> int:
+    def size(self) -> Size:
         return self.preprocess.img_size
 
     def __call__(self, data: bytes, epoch: int, key: str) -> Pixels:
@@ -167,7 +168,7 @@ class _Views(Dataset):
 
     def __getitems__(self, micro: Micro) -> Loaded | UserError:
         slot, requests = micro
-        shape = (self.rows, self.view.size, self.view.size, 3)
+        shape = (self.rows, *height_width(self.view.size), 3)
         pixels = np.empty(shape, np.uint8) if slot is None else self.slots.array(slot)
         numbers = np.zeros((len(NUMBERS), self.rows), dtype=np.int64)
         numbers[NUMBERS.index("row")] = -1
@@ -229,7 +230,7 @@ def _batches(
 ) -> Iterator[Batch]:
     cuda = world.device.type == "cuda"  # there, torch copies each batch to pinned memory, and the slots would not help
     rows = settings.micro_batch
-    slots = _Slots(0 if cuda else settings.workers * (AHEAD + 1), (rows, view.size, view.size, 3))
+    slots = _Slots(0 if cuda else settings.workers * (AHEAD + 1), (rows, *height_width(view.size), 3))
     loader = DataLoader(
         _Views(store, view, rows, settings.skip, slots),
         batch_sampler=((slots.take(), asked) for asked in requests()),  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,7 @@ from torch import nn
 
 from vitscale.data_prep.decode import decode_rgb
 from vitscale.errors import UserError
+from vitscale.model.config import Size, in_pixels
 from vitscale.pipeline.data.augment import Pixels, Preprocess
 from vitscale.pipeline.data.loader import LoaderSettings
 from vitscale.pipeline.data.store import Store
@@ -55,7 +56,7 @@ class CorruptedView:
     severity: int
 
     @property
-    def size(self) -> int:
+    def size(self) -> Size:
         return self.preprocess.img_size
 
     def __call__(self, data: bytes, epoch: int, key: str) -> Pixels:
@@ -67,9 +68,10 @@ def check_corruptions(kinds: Sequence[str], preprocess: Preprocess) -> None:
     for kind in kinds:
         if kind not in KINDS:
             raise UserError("--suite", f"corruptions={kind}", f"some of {', '.join(KINDS)}", "Join several by +.")
-    if preprocess.img_size < LEAST_SIDE:
-        got = f"corruptions with a network for images of {preprocess.img_size} px"
-        raise UserError("--suite", got, f"{LEAST_SIDE} px or more", "Leave this suite out.")
+    size = preprocess.img_size
+    if isinstance(size, tuple) or size < LEAST_SIDE:
+        got = f"corruptions with a network for images of {in_pixels(size)}"
+        raise UserError("--suite", got, f"squares of {LEAST_SIDE} px or more", "Leave this suite out.")
 
 
 def corruptions(

@@ -1,5 +1,6 @@
 """What a classifier can do without: patches, their places, and resolution (Naseer et al. 2021, arXiv:2105.10497)."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitscale.model.config import ViTConfig
+from vitscale.model.embed import Grid
 from vitscale.pipeline.data.augment import normalise
 from vitscale.pipeline.data.loader import Batch, EvaluationView, LoaderSettings, evaluation_batches
 from vitscale.pipeline.data.order import mixed
@@ -20,7 +22,7 @@ from vitscale.pipeline.objectives.supervised import Supervised
 
 SHARES = (10, 20, 30, 40, 50, 60, 70, 80, 90)  # percent of the patches
 GRIDS = (2, 4, 8, 16)  # parts of a side
-SCALES = (0.5, 0.75, 1.25, 1.5)  # of the side that the network is made for
+SCALES = (0.5, 0.75, 1.25, 1.5)  # of the sides that the network is made for
 OCCLUSION, SHUFFLE = 1, 2  # streams of random numbers
 
 Changes = dict[str, Callable[[], Tensor]]
@@ -35,7 +37,7 @@ def robustness(
       token `occlusion_salient_…` with those black that the token attends to most in the last block (the mean over the
       heads), and `occlusion_nonsalient_…`, to least
     - `shuffle_2x2` … `_16x16` with the image cut into so many parts, put together in another order
-    - `resolution_…` of images of other sides in px, of networks that take any
+    - `resolution_…` of images of other sizes in px, of networks that take any
     """
     config: Any = objective.model.config
     names = _names(config)
@@ -53,19 +55,21 @@ def robustness(
     with torch.no_grad():
         found = in_order(parts(), len(store), len(names), world)
     yield from zip(names, found.T, strict=True)
-    for side in resolutions(config):
-        preprocess = replace(objective.preprocess, img_size=side)
+    for size in resolutions(config):
+        preprocess = replace(objective.preprocess, img_size=size)
         seen = outcomes(objective, store, EvaluationView(preprocess), settings, world)
-        yield f"resolution_{side}", (seen.best == seen.label).astype(np.float64)
+        name = f"{size[0]}" if size[0] == size[1] else f"{size[0]}x{size[1]}"
+        yield f"resolution_{name}", (seen.best == seen.label).astype(np.float64)
 
 
-def resolutions(config: Any) -> list[int]:
-    """Sides in px of whole patches about `SCALES` of the network's own; none where its weights are tied to that."""
+def resolutions(config: Any) -> list[tuple[int, int]]:
+    """Heights and widths in px of whole patches about `SCALES` of the network's own; none where its weights are tied
+    to that."""
     if config.family == "mixer":
         return []
     patch = config.patch_size
-    sides = {max(1, round(config.img_size * scale / patch)) * patch for scale in SCALES}
-    return sorted(sides - {config.img_size})
+    height, width = ([max(1, round(side * scale / patch)) * patch for scale in SCALES] for side in config.height_width)
+    return sorted({*zip(height, width, strict=True)} - {config.height_width})
 
 
 def attends(config: Any) -> bool:
@@ -75,7 +79,7 @@ def attends(config: Any) -> bool:
 
 def _names(config: Any) -> list[str]:
     kinds = ["random", *(["salient", "nonsalient"] if attends(config) else [])]
-    grids = [grid for grid in GRIDS if config.img_size % grid == 0]
+    grids = [grid for grid in GRIDS if not any(side % grid for side in config.height_width)]
     return [f"occlusion_{kind}_{share}" for kind in kinds for share in SHARES] + [f"shuffle_{g}x{g}" for g in grids]
 
 
@@ -83,8 +87,7 @@ def _changes(objective: Supervised, batch: Batch) -> Changes:
     """The changed pixels by name, made when they are asked for."""
     pixels, key = batch["pixels"], batch["key"]
     config: Any = objective.model.config
-    grid = config.grid
-    orders = {"random": drawn_order(key, grid * grid, OCCLUSION)}
+    orders = {"random": drawn_order(key, config.patches, OCCLUSION)}
     if attends(config):
         attention_BN = class_attention(objective, pixels)
         orders["salient"] = attention_BN.argsort(dim=1, descending=True, stable=True)
@@ -92,8 +95,8 @@ def _changes(objective: Supervised, batch: Batch) -> Changes:
     changes: Changes = {}
     for kind, order_BN in orders.items():
         for share in SHARES:
-            count = round(grid * grid * share / 100)
-            changes[f"occlusion_{kind}_{share}"] = lambda o=order_BN, n=count: occluded(pixels, o[:, :n], grid)
+            count = round(config.patches * share / 100)
+            changes[f"occlusion_{kind}_{share}"] = lambda o=order_BN, n=count: occluded(pixels, o[:, :n], config.grid)
     for parts in GRIDS:
         changes[f"shuffle_{parts}x{parts}"] = lambda g=parts: shuffled(pixels, drawn_order(key, g * g, SHUFFLE), g)
     return changes
@@ -122,11 +125,12 @@ class _Last(list):
         self[:] = [item]
 
 
-def occluded(pixels: Tensor, patches_BM: Tensor, grid: int) -> Tensor:
-    """Pixels (B, Y, X, 3) with these of the `grid` × `grid` patches black."""
-    kept = torch.ones(len(pixels), grid * grid, dtype=pixels.dtype, device=pixels.device).scatter_(1, patches_BM, 0)
-    side = pixels.shape[1] // grid
-    mask = kept.view(-1, grid, grid).repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+def occluded(pixels: Tensor, patches_BM: Tensor, grid: Grid) -> Tensor:
+    """Pixels (B, Y, X, 3) with these of the patches, which form a `grid`, black."""
+    kept = torch.ones(len(pixels), math.prod(grid), dtype=pixels.dtype, device=pixels.device)
+    mask = kept.scatter_(1, patches_BM, 0).unflatten(1, grid)
+    for dim in (1, 2):
+        mask = mask.repeat_interleave(pixels.shape[dim] // grid[dim - 1], dim=dim)
     return pixels * mask[..., None]
 
 

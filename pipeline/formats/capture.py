@@ -36,13 +36,15 @@ def capture(network: Network, dtype: torch.dtype, dynamic_size: bool) -> Exporte
     """
     config = network.config
     check_size(config, dynamic_size)
-    patch, sides, shapes = config.patch_size, [config.img_size] * 2, {0: Dim("batch")}
+    patch, sides, shapes = config.patch_size, config.height_width, {0: Dim("batch")}
     if dynamic_size:
         # a single row or column would be another graph: such dimensions are repeated where they meet larger ones
         least = 2 if config.family == "vit" else (2 << len(config.depths)) + 1
         rows, columns = Dim("rows", min=least), Dim("columns", min=least)
         shapes |= {2: rows, 3: columns} if patch == 1 else {2: patch * rows, 3: patch * columns}
-        sides = [patch * (max(config.grid, least) + more) for more in (1, 2)]  # both unlike, and unlike what is trained
+        sides = [
+            patch * (max(*config.grid, least) + more) for more in (1, 2)
+        ]  # both unlike, and unlike what is trained
     with torch.device("meta"):
         rounded = build_network(config, seed=None)
     fill(rounded, "", lambda name: network.get_parameter(name).detach().to(dtype))  # at float32 the same memory

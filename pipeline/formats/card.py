@@ -18,12 +18,12 @@ def card(trained: Trained, licence: str, loading: str, rows: dict[str, Any]) -> 
     origin, recipe = trained.origin, flatten(trained.origin.get("recipe") or {})
     header = ["---", f"license: {json.dumps(licence or 'unknown')}", "tags:", "- image-classification", "- vitscale"]
     title = recipe.get("model.name") or trained.model.family
-    preprocess = trained.preprocess
+    preprocess, (height, width) = trained.preprocess, trained.model.height_width
     facts = {
         "architecture": f"{title}: {trained.model.summary}",
         "classes": len(trained.classes),
-        "input": f"RGB, {preprocess.img_size} × {preprocess.img_size} px: the shorter side resized to "
-        f"{preprocess.img_size / preprocess.crop:.0f} px (bicubic), the centre cut out, then (value / 255 - mean) / std"
+        "input": f"RGB, {height} × {width} px: resized to just cover {height / preprocess.crop:.0f} × "
+        f"{width / preprocess.crop:.0f} px (bicubic), the centre cut out, then (value / 255 - mean) / std"
         f" with mean {_numbers(preprocess.mean)} and std {_numbers(preprocess.std)}",
         "weights": {"ema": "Polyak average", "raw": "as trained"}.get(str(origin.get("weights")), "as found"),
         "licence": licence or "not stated",

@@ -24,7 +24,7 @@ from vitscale.model.vit import VisionTransformer
 def test_published_counts(name: str, gmacs: float, digits: int) -> None:
     """timm's table counts (by fvcore) 5 operations for each element of every layer norm as well; to the last digit."""
     config = ModelConfig(name).resolve(1000)
-    norms = (2 * config.depth + 1) * (config.grid**2 + 1) * config.width
+    norms = (2 * config.depth + 1) * (config.patches + 1) * config.width
     assert round((forward_macs(config) + 5 * norms) / 1e9, digits) == gmacs
     assert forward_macs(config) == pytest.approx(gmacs * 1e9, rel=0.006)  # norms are 0.5% of the smallest
 
@@ -40,13 +40,13 @@ def test_published_counts(name: str, gmacs: float, digits: int) -> None:
 def test_torch_counts_the_same(config: ViTConfig) -> None:
     """Forward exactly; backward twice that, but for the first layer, whose input needs no gradient."""
     network, batch = VisionTransformer(config), 3
-    images = torch.randn(batch, 3, config.img_size, config.img_size)
+    images = torch.randn(batch, 3, *config.height_width)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         logits = network(images)
     assert forward.get_total_flops() == 2 * batch * forward_macs(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as both:
         network(images).sum().backward()
-    embedding = 2 * batch * config.grid**2 * 3 * config.patch_size**2 * config.width
+    embedding = 2 * batch * config.patches * 3 * config.patch_size**2 * config.width
     assert both.get_total_flops() == batch * training_flops(config) - embedding
     assert logits.shape == (batch, config.num_classes)
 

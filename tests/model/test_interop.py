@@ -189,6 +189,7 @@ TIMM: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "norm first, registers": ({"pre_norm": True, "registers": 2}, {"no_embed_class": True}),
     "distilled": ({"distilled": True}, {}),
     "approximate": ({"mlp": "gelu_tanh"}, {}),
+    "oblong": ({"img_size": (32, 72)}, {}),  # 4×9 patches, which are as many as a square's
 }
 
 
@@ -226,14 +227,15 @@ def test_a_network_of_timm_is_ours_and_back(case: str) -> None:
     """At the trained resolution and at others, and the gradients of what both have."""
     config = replace(SMALL, **TIMM[case][0])
     theirs = randomised(timm_network(config, **TIMM[case][1]))
-    inferred: Any = infer({n: tuple(value.shape) for n, value in theirs.state_dict().items()}, heads=4)
+    shapes = {n: tuple(value.shape) for n, value in theirs.state_dict().items()}
+    inferred: Any = infer(shapes, config.height_width, heads=4)
     assert replace(inferred, mlp=config.mlp, pool=config.pool, norm_eps=config.norm_eps) == config
     found = imported("timm", config, tensors(theirs.state_dict()))
     assert found.notes == []
     ours = network(config, found.tensors)
     with torch.no_grad():
         assert (ours(images(56, 40)) - theirs(images(56, 40))).abs().max() <= 1e-5
-    expected, got = theirs(images(32)), ours(images(32))
+    expected, got = theirs(images(*config.height_width)), ours(images(*config.height_width))
     assert (got - expected).abs().max() <= 1e-5
     expected_gradients = gradients(theirs, expected)
     assert_gradients(gradients(ours, got), {n: g for n, g in expected_gradients.items() if n not in RESHAPED})
@@ -296,6 +298,9 @@ def test_all_weights_of_timms_networks_have_a_place(name: str) -> None:
         ResNetConfig(64, (3, 4, 23, 3), 3, 7),
         SwinConfig(48, 4, 3, 24, (2, 2), (2, 4), 7, mlp_ratio=2.0),
         replace(SMALL, mlp="swiglu", mlp_width=100, registers=2),
+        replace(SMALL, img_size=(32, 72)),
+        SwinConfig((48, 72), 4, 3, 24, (2, 2), (2, 4), 7),
+        MixerConfig((64, 96), 32, 8, 512, 256, 2048, 7),
     ],
 )
 def test_timm_makes_what_we_describe(config: Any) -> None:
@@ -315,7 +320,7 @@ def test_positions_are_interpolated_as_in_timm(grid: tuple[int, int]) -> None:
     """Of 14×14. Sums of products in float32, taken in another order, of numbers of order 0.1 differed by 1e-7."""
     places = torch.randn(1, 197, 32, generator=torch.Generator().manual_seed(0)) * 0.1
     expected = import_timm().layers.resample_abs_pos_embed(places, list(grid), num_prefix_tokens=1)
-    assert (resize_pos_embed(places, grid) - expected).abs().max() <= 1e-6
+    assert (resize_pos_embed(places, (14, 14), grid) - expected).abs().max() <= 1e-6
 
 
 def published_vit(config: ViTConfig, big_vision: bool = False) -> dict[str, np.ndarray]:
@@ -361,7 +366,7 @@ def published_vit(config: ViTConfig, big_vision: bool = False) -> dict[str, np.n
     if config.class_token:
         put("cls", 1, 1, D)
     prefix = config.class_token and not big_vision
-    put("pos_embedding" if big_vision else "Transformer/posembed_input/pos_embedding", 1, config.grid**2 + prefix, D)
+    put("pos_embedding" if big_vision else "Transformer/posembed_input/pos_embedding", 1, config.patches + prefix, D)
     for i in range(config.depth):
         lead, (mha, second, mlp) = f"Transformer/encoderblock_{i}", (0, 1, 0) if big_vision else (1, 2, 3)
         norm(f"{lead}/LayerNorm_0", D)
@@ -407,7 +412,7 @@ def test_google_s_files_are_the_same_here_and_in_timm(options: dict, big_vision:
     plain = google.familiar(from_arrays(arrays))
     assert google.read_config(plain.shapes) == config
     ours = network(config, imported("google", config, from_arrays(arrays)).tensors)
-    pixels = images(config.img_size)
+    pixels = images(config.height_width[0])
     with torch.no_grad():
         expected = theirs(pixels)
         assert expected.abs().max() > 0.1
@@ -506,6 +511,8 @@ def test_bit_s_files_are_the_same_here_and_in_timm(tmp_path: Path) -> None:
     [
         ("google", SMALL, "model.mlp"),
         ("google", replace(SMALL, mlp="gelu_tanh", registers=1), "model.registers"),
+        ("google", replace(SMALL, mlp="gelu_tanh", img_size=(32, 72)), "model.img_size"),
+        ("hugging_face", replace(SMALL, layer_scale=1.0, img_size=(32, 72)), "model.img_size"),
         ("google", SwinConfig(32, 4, 4, 16, (1, 1), (1, 1), 3), "model"),
         ("timm", replace(SMALL, positions="rotary", heads=6), "model.positions"),
         ("timm", replace(SMALL, norm_eps=1e-12), "model.norm_eps"),

@@ -43,7 +43,7 @@ def with_weights(config: MixerConfig) -> MLPMixer:
 
 
 def images_of(config: MixerConfig, count: int = 3) -> Tensor:
-    return torch.randn(count, 3, config.img_size, config.img_size, generator=torch.Generator().manual_seed(1))
+    return torch.randn(count, 3, *config.height_width, generator=torch.Generator().manual_seed(1))
 
 
 def gradients_of(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:

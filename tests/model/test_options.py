@@ -87,10 +87,24 @@ def test_fourier_mixing_has_no_attention_and_equals_its_definition() -> None:
     assert torch.allclose(mix(tokens), expected, atol=1e-5)
 
 
+def test_fixed_positions_of_another_resolution_are_those_between() -> None:
+    """A network made for larger images, with the weights and the grid of a smaller one, computes what that does."""
+    before = network(**OPTIONS["sincos"])
+    after = VisionTransformer(replace(before.config, img_size=(48, 32), sincos_grid=before.config.grid))
+    after.load_state_dict(before.state_dict())
+    images = torch.randn(2, 3, 48, 32)
+    with torch.no_grad():
+        assert torch.equal(after.forward_features(images), before.forward_features(images))
+    assert replace(before.config, sincos_grid=before.config.grid) == before.config
+    for wrong in ({"sincos_grid": (4,)}, {"sincos_grid": (3, 3), "positions": "learned"}):
+        with pytest.raises(UserError, match=r"model\.sincos_grid"):
+            replace(before.config, **wrong)
+
+
 def test_positions_follow_their_place() -> None:
     """A constant image's patches differ by their position alone: twice the resolution lies between the old places."""
-    fixed = sincos_positions((8, 8), 16, 8, torch.device("cpu")).unflatten(0, (8, 8))
-    finer = sincos_positions((24, 24), 16, 8, torch.device("cpu")).unflatten(0, (24, 24))
+    fixed = sincos_positions((8, 8), 16, (8, 8), torch.device("cpu")).unflatten(0, (8, 8))
+    finer = sincos_positions((24, 24), 16, (8, 8), torch.device("cpu")).unflatten(0, (24, 24))
     assert torch.allclose(finer[1::3, 1::3], fixed, atol=1e-6)  # the middle one of three lies on the old one's place
     rows, columns, omega = torch.arange(8.0), torch.arange(8.0), 10_000 ** -(torch.arange(4) / 3)
     at = fixed[3, 5]  # big_vision: sines and cosines of the column first
@@ -147,7 +161,7 @@ def test_resizing_positions_is_linear_and_reaches_the_embeddings() -> None:
     pos_embed = torch.randn(1, 1 + 49, 6, requires_grad=True)
     for grid in ((7, 7), (12, 12), (5, 9), (3, 14)):
         for antialias in (True, False):
-            got = resize_pos_embed(pos_embed, grid, 1, antialias)
+            got = resize_pos_embed(pos_embed, (7, 7), grid, 1, antialias)
             patches = pos_embed[:, 1:].unflatten(1, (7, 7)).permute(0, 3, 1, 2)
             wanted = F.interpolate(patches, size=grid, mode="bicubic", antialias=antialias).flatten(2).transpose(1, 2)
             if grid == (7, 7):
@@ -172,7 +186,7 @@ def test_weights_of_another_patch_size_are_fitted() -> None:
     before = network()
     after = VisionTransformer(replace(SMALL, patch_size=16, img_size=64, num_classes=3))
     shapes, own = ({name: tuple(w.shape) for name, w in model.state_dict().items()} for model in (before, after))
-    kept, read, notes = adapt_weights(shapes, before.state_dict().__getitem__, after.config, own)
+    kept, read, notes = adapt_weights(shapes, before.state_dict().__getitem__, before.config.grid, after.config, own)
     after.load_state_dict({name: read(name) for name in kept}, strict=False)
     assert notes[0] == "patches resized from 8×8 to 16×16 px"
     images = torch.randn(2, 3, 32, 32)

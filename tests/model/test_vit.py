@@ -1,5 +1,6 @@
 """The Vision Transformer against the paper, transformers' implementation, and its own rules."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitscale.errors import UserError
 from vitscale.model.adapt import adapt_weights
 from vitscale.model.build import create_model
-from vitscale.model.config import ViTConfig
+from vitscale.model.config import ViTConfig, from_dict, to_dict
 from vitscale.model.embed import resize_pos_embed
 from vitscale.model.initial import initial_weight
 from vitscale.model.registry import ModelConfig, list_models
@@ -109,15 +110,47 @@ def test_positions_follow_their_place_in_the_image() -> None:
     grid = torch.stack([ramp[:, None].expand(8, 8), ramp[None].expand(8, 8)], dim=-1)  # (row, column)
     class_token = torch.full((1, 1, 2), 99.0)
     pos_embed = torch.cat([class_token, grid.reshape(1, 64, 2)], dim=1)
-    resized = resize_pos_embed(pos_embed, (12, 12))
+    resized = resize_pos_embed(pos_embed, (8, 8), (12, 12))
     assert torch.equal(resized[:, :1], class_token)
     inner = resized[0, 1:].reshape(12, 12, 2)[3:9, 3:9]
     places = (torch.arange(3, 9) + 0.5) * 8 / 12 - 0.5  # centres of the new patches, in old patches
     # bicubic filtering reproduces a ramp away from the borders, up to float32 rounding
     assert torch.allclose(inner[..., 0], places[:, None].expand(6, 6), atol=1e-5)
     assert torch.allclose(inner[..., 1], places[None].expand(6, 6), atol=1e-5)
-    assert resize_pos_embed(pos_embed, (8, 8)) is pos_embed
-    assert resize_pos_embed(pos_embed, (4, 6)).shape == (1, 25, 2)
+    assert resize_pos_embed(pos_embed, (8, 8), (8, 8)) is pos_embed
+    assert resize_pos_embed(pos_embed, (8, 8), (4, 6)).shape == (1, 25, 2)
+
+
+def test_positions_of_an_oblong_keep_their_rows_and_columns() -> None:
+    """A grid of 6×4 turned into one of 4×6, as many patches, is interpolated all the same."""
+    rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(4.0), indexing="ij")
+    pos_embed = torch.stack([rows, columns], dim=-1).reshape(1, 24, 2)
+    turned = resize_pos_embed(pos_embed, (6, 4), (4, 6), prefix=0)[0].unflatten(0, (4, 6))
+    assert torch.allclose(turned[..., 0], turned[:, :1, 0].expand(4, 6))  # one row of patches has one height
+    assert torch.allclose(turned[..., 1], turned[:1, :, 1].expand(4, 6))
+    assert (turned[1:, 0, 0] > turned[:-1, 0, 0]).all()
+    assert (turned[0, 1:, 1] > turned[0, :-1, 1]).all()
+
+
+def test_adapting_tells_grids_of_as_many_patches_apart() -> None:
+    tall, wide = (VisionTransformer(replace(SMALL, img_size=size), seed=1) for size in ((48, 32), (32, 48)))
+    shapes = shapes_of(tall)
+    assert shapes == shapes_of(wide)
+    _, adapted, notes = adapt_weights(shapes, tall.get_parameter, tall.config.grid, wide.config, shapes)
+    assert notes[0] == "position embeddings interpolated from 6×4 to 4×6"
+    places = tall.get_parameter("pos_embed")
+    assert torch.equal(adapted("pos_embed"), resize_pos_embed(places, (6, 4), (4, 6)))
+
+
+def test_sizes_of_images() -> None:
+    assert replace(SMALL, img_size=(32, 32)) == SMALL
+    oblong = replace(SMALL, img_size=(32, 48))
+    assert (oblong.grid, oblong.patches, oblong.height_width) == ((4, 6), 24, (32, 48))
+    assert from_dict(json.loads(json.dumps(to_dict(oblong)))) == oblong
+    for size, said in (((32, 44), "44 with patches of 8 px"), ((32, 48, 3), "[32, 48, 3]"), ((32, "a"), "'a'")):
+        with pytest.raises(UserError) as error:
+            replace(SMALL, img_size=size)
+        assert (error.value.setting, said in str(error.value.got)) == ("model.img_size", True)
 
 
 def shapes_of(model: VisionTransformer) -> dict[str, tuple[int, ...]]:
@@ -133,7 +166,7 @@ def test_adapting_keeps_the_encoder_and_starts_the_head_at_zero() -> None:
         asked.append(name)
         return before.state_dict()[name]
 
-    kept, adapted, notes = adapt_weights(shapes_of(before), read, after.config, shapes_of(after))
+    kept, adapted, notes = adapt_weights(shapes_of(before), read, (4, 4), after.config, shapes_of(after))
     assert asked == []  # nothing is read before it is needed
     missing = after.load_state_dict({name: adapted(name) for name in kept}, strict=False).missing_keys
     assert missing == ["head.weight", "head.bias"]
@@ -141,7 +174,7 @@ def test_adapting_keeps_the_encoder_and_starts_the_head_at_zero() -> None:
     name = "blocks.1.mlp.fc1.weight"
     assert torch.equal(after.state_dict()[name], before.state_dict()[name])
     places = after.get_parameter("pos_embed"), before.get_parameter("pos_embed")
-    assert torch.equal(places[0], resize_pos_embed(places[1], (6, 6)))
+    assert torch.equal(places[0], resize_pos_embed(places[1], (4, 4), (6, 6)))
     assert after(torch.randn(2, 3, 48, 48)).abs().max() == 0
     assert notes == [
         "position embeddings interpolated from 4×4 to 6×6",
@@ -157,10 +190,10 @@ def test_adapting_names_the_tensors_that_do_not_fit() -> None:
     with pytest.raises(
         ValueError, match=r"cls_token is missing; extra is unexpected; norm.weight is \(5,\), not \(48,"
     ):
-        adapt_weights(shapes, model.get_parameter, SMALL, shapes_of(model))
+        adapt_weights(shapes, model.get_parameter, (4, 4), SMALL, shapes_of(model))
     shapes = {**shapes_of(model), "pos_embed": (1, 15, 48)}
-    with pytest.raises(ValueError, match="position embeddings of 14 patches do not form a square grid"):
-        adapt_weights(shapes, model.get_parameter, SMALL, shapes_of(model))
+    with pytest.raises(ValueError, match=r"pos_embed is \(1, 15, 48\), not \(1, 17, 48\)"):
+        adapt_weights(shapes, model.get_parameter, (4, 4), SMALL, shapes_of(model))
 
 
 def train_once(model: VisionTransformer, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:

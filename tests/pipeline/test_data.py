@@ -106,6 +106,24 @@ def test_any_picture_becomes_a_view(height: int, width: int, key: str, crop: str
     assert PREPROCESS.view(photo(height, width)).shape == (16, 16, 3)
 
 
+def test_views_of_other_shapes_show_things_as_they_are() -> None:
+    """Where red rises over the width as green over the height: a view of twice the width shows twice the red."""
+    square = np.zeros((240, 240, 3), dtype=np.uint8)
+    square[..., 0], square[..., 1] = np.arange(240), np.arange(240)[:, None]
+    whole = Preprocess((30, 60), 1.0).view(square)
+    assert whole.shape == (30, 60, 3)
+    assert np.ptp(whole[..., 0].astype(int)) == pytest.approx(2 * np.ptp(whole[..., 1].astype(int)), abs=6)
+    assert whole[..., 1].mean() == pytest.approx(119.5, abs=1)  # the centre
+    for view in (encoded(square), encode(square, "jpeg", 95)):
+        cuts = [training_view(view, (30, 60), AugmentConfig(flip=False), 0, 0, str(i)).astype(int) for i in range(300)]
+        spans = [np.ptp(cut[..., 0]) / np.ptp(cut[..., 1]) for cut in cuts if np.ptp(cut[..., 1]) > 50]
+        assert all(cut.shape == (30, 60, 3) for cut in cuts)
+        assert np.median(spans) == pytest.approx(2, rel=0.1)
+        assert (min(spans), max(spans)) == pytest.approx((2 * 3 / 4, 2 * 4 / 3), rel=0.15)
+    moved = training_view(encoded(square), (30, 60), AugmentConfig(crop="shift", flip=False), 0, 0, "a")
+    assert moved.shape == (30, 60, 3)
+
+
 def test_crops_cover_the_stated_areas_and_half_are_flipped() -> None:
     """Red rises by 255 over the width and green over the height: their spans tell the part that was taken."""
     config, data = AugmentConfig(scale_min=0.25), encoded(photo(200, 200))
@@ -140,7 +158,7 @@ def test_evaluation_takes_the_centre_and_normalises() -> None:
 
 def collect(store: Store, world_size: int, micro_batch: int, workers: int, steps: range) -> list[list[int]]:
     """Sample numbers of each global batch, put together from all ranks."""
-    view = TrainingView(16, AugmentConfig(), 0)
+    view = TrainingView((16, 24), AugmentConfig(), 0)
     by_rank = []
     for rank in range(world_size):
         world = World(rank, world_size, rank, CPU)
@@ -148,7 +166,7 @@ def collect(store: Store, world_size: int, micro_batch: int, workers: int, steps
         batches = list(training_batches(store, order_for(store), view, settings, world, steps))
         accumulation = order.accumulation(50, world_size, micro_batch)
         assert len(batches) == accumulation * len(steps)
-        assert all(batch["pixels"].shape == (micro_batch, 16, 16, 3) for batch in batches)
+        assert all(batch["pixels"].shape == (micro_batch, 16, 24, 3) for batch in batches)
         numbers = [batch["number"][batch["weight"] > 0].tolist() for batch in batches]
         starts = range(0, len(numbers), accumulation)
         by_rank.append([list(chain.from_iterable(numbers[i : i + accumulation])) for i in starts])

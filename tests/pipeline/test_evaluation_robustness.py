@@ -40,21 +40,21 @@ def classifier(config: Any = MODEL) -> Supervised:
 
 def test_patches_are_blackened_and_moved_as_a_loop_would() -> None:
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(1, 256, (3, 24, 24, 3), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(1, 256, (3, 24, 32, 3), dtype=torch.uint8, generator=generator)
     order = drawn_order(torch.tensor([5, -7, 2**62]), 16, OCCLUSION)
     assert order.sort(dim=1).values.tolist() == [list(range(16))] * 3
     assert order.tolist() != drawn_order(torch.tensor([5, -7, 2**62]), 16, OCCLUSION + 1).tolist()
     assert order[1:2].tolist() == drawn_order(torch.tensor([-7]), 16, OCCLUSION).tolist()
-    black, moved = occluded(pixels, order[:, :5], 4), shuffled(pixels, order, 4)
+    black, moved = occluded(pixels, order[:, :5], (4, 4)), shuffled(pixels, order, 4)
     for image in range(3):
         for place in range(16):
             y, x = divmod(place, 4)
-            here = (image, slice(6 * y, 6 * y + 6), slice(6 * x, 6 * x + 6))
+            here = (image, slice(6 * y, 6 * y + 6), slice(8 * x, 8 * x + 8))
             gone = place in order[image, :5].tolist()
             assert torch.equal(black[here], torch.zeros_like(pixels[here]) if gone else pixels[here])
             v, u = divmod(int(order[image, place]), 4)
-            assert torch.equal(moved[here], pixels[image, 6 * v : 6 * v + 6, 6 * u : 6 * u + 6])
-    assert torch.equal(occluded(pixels, order[:, :0], 4), pixels)
+            assert torch.equal(moved[here], pixels[image, 6 * v : 6 * v + 6, 8 * u : 8 * u + 8])
+    assert torch.equal(occluded(pixels, order[:, :0], (4, 4)), pixels)
 
 
 def test_attention_is_that_of_the_last_block() -> None:
@@ -87,7 +87,7 @@ def test_values_are_of_changed_images(digits: Any) -> None:
                 ("salient_50", attention.argsort(descending=True)[None, :8]),
                 ("nonsalient_90", attention.argsort()[None, :14]),
             ):
-                best = objective({"pixels": occluded(pixels, gone, 4)}, predict=True).argmax()
+                best = objective({"pixels": occluded(pixels, gone, (4, 4))}, predict=True).argmax()
                 assert got[f"occlusion_{name}"][number] == (best == sample.label)
                 same += 1
     assert same == 9

@@ -28,6 +28,7 @@ FAMILIES: dict[str, ArchitectureConfig] = {
     "vit": VIT,
     "registers": replace(VIT, registers=2, layer_scale=0.1, mlp="swiglu"),
     "deit": replace(VIT, distilled=True),
+    "oblong": replace(VIT, img_size=(32, 72)),
     "map": replace(VIT, pool="map", class_token=False),
     "fourier": replace(VIT, mixing="fourier"),
     "hybrid": replace(VIT, stem=(3, 4, 9), patch_size=16),
@@ -65,7 +66,8 @@ def logits(folder: Path, images: torch.Tensor) -> torch.Tensor:
 def test_every_family_is_exported_and_read_back(tmp_path: Path, family: str) -> None:
     """Ours exactly; by timm's own loading where timm has it; both are opened again as any weights are."""
     import_timm()
-    config, images = FAMILIES[family], fixed_images(32)
+    config = FAMILIES[family]
+    images = fixed_images(*config.height_width)
     source = trained(config, tmp_path)
     expected = logits(source, images)
     made = export(str(source), str(tmp_path / "own"))[0]
@@ -97,9 +99,9 @@ def test_timm_loads_it_by_its_documented_ways(tmp_path: Path) -> None:
             assert (model.eval()(images) - logits(source, images)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["vit", "registers", "deit", "swin"])
+@pytest.mark.parametrize("family", ["vit", "registers", "deit", "swin", "oblong"])
 def test_transformers_loads_it_by_its_documented_ways(tmp_path: Path, family: str) -> None:
-    transformers, images = pytest.importorskip("transformers"), fixed_images(32)
+    transformers, images = pytest.importorskip("transformers"), fixed_images(*FAMILIES[family].height_width)
     source = trained(FAMILIES[family], tmp_path)
     made = export(str(source), str(tmp_path / "out"), ["hf"])[0]
     assert made.reader.startswith("transformers ")

@@ -386,12 +386,33 @@ def from_elsewhere(world: World, digits: list[str], folder: str) -> dict[str, An
         source, tuned = foreign(Path(folder) / layout, layout), Path(folder) / f"{layout}-tuned"
         chosen = [*OURS, f"init_from={source}", "train.duration=2", "checkpoint.every=1", "optim.lr=1e-4"]
         chosen += ["model.mlp=gelu_tanh"] if layout == "google" else []
+        chosen += ["model.img_size=[32,48]"] if layout == "hugging_face" else []
         rows[layout] = run(world, digits, str(tuned), *chosen)
         if layout == "timm":
             shutil.rmtree(tuned / "checkpoints" / "step-00000002")
             shutil.rmtree(source)
             rows["again"] = run(world, digits, str(tuned), *chosen)
     return rows
+
+
+def at_fixed_positions(world: World, digits: list[str], folder: str) -> list[Any]:
+    """Pretrain, fine-tune at a larger size, and go on from the middle of that without what it came from."""
+    fixed = ("model.positions=sincos2d", "train.duration=2", "checkpoint.every=1")
+    tuned = (*fixed, f"init_from={folder}/a", "model.img_size=48")
+    run(world, digits, f"{folder}/a", *fixed)
+    run(world, digits, f"{folder}/b", *tuned)
+    shutil.rmtree(f"{folder}/b/checkpoints/step-00000002")
+    shutil.rmtree(f"{folder}/a")
+    run(world, digits, f"{folder}/b", *tuned)
+    return [losses(Path(folder) / "b"), open_trained(f"{folder}/b", "x").model.summary]
+
+
+def test_fixed_positions_stay_between_those_that_were_trained(
+    ranks: Callable[..., Any], digits: Any, tmp_path: Path
+) -> None:
+    found, summary = ranks(__file__, "at_fixed_positions", 1, [str(digits.train), ""], str(tmp_path))
+    assert len(found) == 2
+    assert "sincos grid 4-4" in summary
 
 
 def test_images_are_normalised_as_for_the_weights_it_starts_from(
@@ -408,7 +429,13 @@ def test_images_are_normalised_as_for_the_weights_it_starts_from(
         plain = (0.5, 0.5, 0.5)
         expected = (plain, plain) if layout == "google" else (VIEW.mean, VIEW.std)
         assert (trained.preprocess.mean, trained.preprocess.std) == expected
+        oblong = layout == "hugging_face"
+        assert ("position embeddings interpolated from 4×4 to 4×6" in said[layout]) == oblong
+        assert trained.preprocess.img_size == trained.model.img_size == ((32, 48) if oblong else 32)
         for name, value in trained.tensors():  # two steps at 1e-4
+            if oblong and name == "pos_embed":
+                assert value.shape == (1, 25, 64)
+                continue
             assert name.startswith("head.") or (value - begun[name]).abs().max() <= 3e-4
     assert "going on from step 1" in said["again"]
     made = make_objective(

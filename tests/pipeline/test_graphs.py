@@ -84,7 +84,7 @@ def test_logits_are_those_of_the_network(
 
     The file names no folder of this machine, no file of ours, and its making puts nothing on the screen.
     """
-    network, side = with_weights(config), config.img_size
+    network, (side, _) = with_weights(config), config.height_width
     form.write(network, tmp_path, torch.float32, dynamic_size)
     sizes = [(side, side)] * 3
     if dynamic_size:
