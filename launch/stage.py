@@ -3,6 +3,7 @@
 Like the command itself, it imports nothing heavy before it is needed.
 """
 
+import errno
 import functools
 import os
 import signal
@@ -61,6 +62,9 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if kwargs["debug"]:
                 traceback.print_exc()
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                report_failure(f"error: {error.filename}: {error.strerror}. Choose a shorter one.", cause=True)
+                _exit(EXIT_USER)
             said = " ".join(str(error).split())
             report_failure(f"internal error: {type(error).__name__}: {said}. `--debug` shows where.")
             _exit(EXIT_INTERNAL)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +18,7 @@ from vitscale.errors import UserError
 from vitscale.pipeline.config import Config, flatten, to_dict
 
 T = TypeVar("T")
+Layer = tuple[Path | None, DictConfig]  # settings, and the file that has them; None of a command
 
 
 def to_yaml(config: Config) -> str:
@@ -29,29 +33,54 @@ def load_recipe(recipe: str, overrides: list[str], shipped: Path) -> Config:
     that cannot be.
     """
     layers = _recipe_layers(recipe, shipped, seen=())
-    return compose(Config, [*layers, _parse_overrides(overrides)])
+    return compose(Config, [*layers, (None, _parse_overrides(overrides))])
 
 
-def compose(schema: type[T], layers: list[DictConfig]) -> T:
-    """Merge `layers` over the defaults of the dataclass `schema`, the last one winning, and validate."""
+def compose(schema: type[T], layers: list[Layer]) -> T:
+    """Merge `layers` over the defaults of the dataclass `schema`, the last one winning, and validate.
+
+    Raises `UserError`, which names the file that a setting is from.
+    """
     known = flatten(to_dict(schema()))
-    try:
-        merged = OmegaConf.structured(schema)
-        for layer in layers:
+    merged = OmegaConf.structured(schema)
+    for file, layer in layers:
+        with _told_of(lambda _, file=file: file):
             _check_keys(OmegaConf.to_container(layer), known)
             merged = OmegaConf.merge(merged, layer)
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        message = str(error.msg or error).splitlines()[0]
-        raise UserError(
-            str(error.full_key or "recipe"), message, "a value of the setting's type",
-            "`vitscale recipe show base` prints every setting with its default.",
-        ) from error  # fmt: skip
+    with _told_of(lambda setting: _origin(setting, layers)):
+        config: Any = OmegaConf.to_object(merged)
+        for key, value in flatten(to_dict(config)).items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UserError(key, value, "a finite number", "Change it.")
+    return config
 
 
 def compose_overrides(schema: type[T], overrides: list[str]) -> T:
     """A config dataclass from dotted overrides alone (stages without a recipe)."""
-    return compose(schema, [_parse_overrides(overrides)])
+    return compose(schema, [(None, _parse_overrides(overrides))])
+
+
+@contextmanager
+def _told_of(file_of: Callable[[str], Path | None]) -> Iterator[None]:
+    """Turn what is raised within into a `UserError` that tells which file a setting is from."""
+    try:
+        yield
+    except (OmegaConfBaseException, UserError) as error:
+        if isinstance(error, UserError):
+            setting, got, expected, remedy = error.setting, error.got, error.expected, error.remedy
+        else:
+            setting, got = str(error.full_key or "recipe"), str(error.msg or error).splitlines()[0]
+            expected = "a value of the setting's type"
+            remedy = "`vitscale recipe show base` prints every setting with its default."
+        file = file_of(setting)
+        raise UserError(setting, f"{got} in {file}" if file else got, expected, remedy) from error
+
+
+def _origin(setting: str, layers: list[Layer]) -> Path | None:
+    """The file that a setting is from, the last of those that have it; None of the command, and of defaults."""
+    found = [file for file, layer in layers if setting in flatten(OmegaConf.to_container(layer))]
+    return found[-1] if found else None
 
 
 def _check_keys(layer: Any, known: dict[str, Any]) -> None:
@@ -84,22 +113,23 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
         raise UserError("override", message, "SETTING=VALUE with a YAML value", "Quote special characters.") from error
 
 
-def _recipe_layers(recipe: str, shipped: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
+def _recipe_layers(recipe: str, shipped: Path, seen: tuple[Path, ...]) -> list[Layer]:
     """The chain of `base:` recipes, the deepest first."""
     path = _find_recipe(recipe, shipped, seen)
     if path in seen:
         chain = " → ".join(p.stem for p in (*seen, path))
         raise UserError("base", chain, "a chain of recipes that ends", "Take one `base:` out.")
     try:
-        layer = OmegaConf.load(io.StringIO(path.read_text()))
+        text = path.read_text()
+        layer = OmegaConf.load(io.StringIO(text))
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(
             "RECIPE", f"{path}: {' '.join(str(error).split())}", "a YAML file", "Mend that line."
         ) from error
-    if not isinstance(layer, DictConfig):
+    if not isinstance(layer, DictConfig) or not text.strip():
         raise UserError("RECIPE", str(path), "a YAML file of sections such as `model:`", "See `vitscale recipe show`.")
     base = layer.pop("base", None)
-    return [*(_recipe_layers(str(base), shipped, (*seen, path)) if base else []), layer]
+    return [*(_recipe_layers(str(base), shipped, (*seen, path)) if base else []), (path, layer)]
 
 
 def _find_recipe(recipe: str, shipped: Path, seen: tuple[Path, ...]) -> Path:

@@ -16,10 +16,11 @@ def parse_duration(text: str, setting: str, *, samples: int, global_batch: int, 
     `setting` for anything else.
     """
     match = DURATION.fullmatch(text.strip())
-    if not match or not math.isfinite(float(match["number"])) or (match["unit"] == "%" and total is None):
-        units = "steps (500), epochs (90ep) or examples (1e6ex)" + ("" if total is None else " or percent (5%)")
+    number, unit = (float(match["number"]), match["unit"]) if match else (math.nan, "")
+    if not math.isfinite(number) or (unit == "%" and (total is None or number > 100)):
+        units = "steps (500), epochs (90ep) or examples (1e6ex)"
+        units += "" if total is None else " or up to 100 percent (5%)"
         raise UserError(setting, repr(text), f"a duration in {units}", "Write a number and its unit, such as 90ep.")
-    number, unit = float(match["number"]), match["unit"]
     per_epoch = samples // global_batch
     factor = {"": 1, "ep": per_epoch, "ex": 1 / global_batch, "%": (total or 0) / 100}[unit]
     return max(round(number * factor), 1) if number else 0

@@ -78,9 +78,30 @@ def test_missing_and_broken_recipes(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("optim: {lr: 1")
     with pytest.raises(UserError, match="a YAML file"):
         load_recipe(str(tmp_path / "bad.yaml"), [], SHIPPED)
-    (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(UserError, match="sections"):
-        load_recipe(str(tmp_path / "list.yaml"), [], SHIPPED)
+    for text in ("- 1", "", " \n"):  # empty: what a full disk leaves
+        (tmp_path / "list.yaml").write_text(text)
+        with pytest.raises(UserError, match="sections"):
+            load_recipe(str(tmp_path / "list.yaml"), [], SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "got"),
+    [
+        ("optim: {lrr: 1}", "optim.lrr", "a setting that does not exist"),
+        ("optim: {lr: high}", "optim.lr", "Value 'high'"),
+        ("optim: {lr: -3}", "optim.lr", "-3.0"),
+        ("optim: {lr: .inf}", "optim.lr", "inf"),
+        ("optim: 3", "optim", "3"),
+    ],
+)
+def test_the_file_that_is_wrong_is_named(tmp_path: Path, text: str, setting: str, got: str) -> None:
+    (tmp_path / "under.yaml").write_text(text)
+    (tmp_path / "over.yaml").write_text("base: under\noptim: {clip: 0.5}")
+    with pytest.raises(UserError) as error:
+        load_recipe(str(tmp_path / "over.yaml"), ["optim.clip=1"], SHIPPED)
+    assert error.value.setting == setting
+    assert str(error.value.got).startswith(got)
+    assert str(error.value.got).endswith(f" in {tmp_path / 'under.yaml'}")
 
 
 @given(st.text(max_size=30))

@@ -46,7 +46,7 @@ def test_durations(text: str, steps: int) -> None:
     assert parse_duration(text, "x", samples=1099, global_batch=100, total=400) == steps
 
 
-@pytest.mark.parametrize("text", ["", "ep", "-3", "3 epochs", "nan", "1e999", "5%%"])
+@pytest.mark.parametrize("text", ["", "ep", "-3", "3 epochs", "nan", "1e999", "5%%", "101%"])
 def test_other_durations_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"^train.duration: "):
         parse_duration(text, "train.duration", samples=100, global_batch=10, total=10)
