@@ -13,8 +13,9 @@ from torch import Tensor
 from vitscale.data_prep.manifest import DATASET_FILE, SAMPLES, read_dataset, read_table, samples_name
 from vitscale.errors import UserError
 from vitscale.pipeline.console import Advance, progress, say
-from vitscale.pipeline.data.loader import LoaderSettings, worker_deaths
+from vitscale.pipeline.data.loader import LoaderSettings
 from vitscale.pipeline.data.store import Store
+from vitscale.pipeline.data.workers import worker_deaths
 from vitscale.pipeline.distributed import World, agree, gather
 from vitscale.pipeline.evaluation.features import Features, features
 from vitscale.pipeline.image_files import count_images

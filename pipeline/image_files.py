@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,8 +17,7 @@ from vitscale.data_prep.sources import MAX_FILE_BYTES
 from vitscale.errors import UserError
 from vitscale.model.config import height_width
 from vitscale.pipeline.data.augment import Pixels, Preprocess
-from vitscale.pipeline.data.loader import worker_deaths
-from vitscale.pipeline.distributed import die_with_parent
+from vitscale.pipeline.data.workers import worker_deaths, worker_options
 
 AHEAD = 2  # batches that each worker has ready
 
@@ -86,11 +84,7 @@ def file_batches(files: Iterable[str], preprocess: Preprocess, size: int, worker
     loader = DataLoader(
         _Views(preprocess),
         batch_sampler=_cut(iter(files), size),  # pyright: ignore[reportArgumentType]
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        prefetch_factor=AHEAD if workers else None,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),
+        **worker_options(workers, AHEAD),
     )
     with worker_deaths(workers):
         yield from loader
@@ -123,12 +117,3 @@ class _Views(Dataset):
 def _cut(files: Iterator[str], size: int) -> Iterator[list[str]]:
     while some := list(islice(files, size)):
         yield some
-
-
-def _as_it_is(batch: FileBatch) -> FileBatch:
-    return batch
-
-
-def _start_worker(_: int) -> None:
-    cv2.setNumThreads(0)  # not 1, which would wait for threads that a fork does not take along
-    die_with_parent()

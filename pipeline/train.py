@@ -21,7 +21,8 @@ from vitscale.pipeline.config import to_dict
 from vitscale.pipeline.console import OUT, count, progress, say
 from vitscale.pipeline.data import order
 from vitscale.pipeline.data.device_augment import DeviceAugment
-from vitscale.pipeline.data.loader import Batch, TrainingView, training_batches, worker_deaths
+from vitscale.pipeline.data.loader import Batch, TrainingView, training_batches
+from vitscale.pipeline.data.workers import worker_deaths
 from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.engine import Engine, Step, Weights
 from vitscale.pipeline.evaluation import during

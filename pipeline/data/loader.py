@@ -2,12 +2,10 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 from weakref import finalize
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -20,8 +18,8 @@ from vitscale.pipeline.data import order
 from vitscale.pipeline.data.augment import Pixels, Preprocess, key_number, training_view
 from vitscale.pipeline.data.order import Order
 from vitscale.pipeline.data.store import Sample, Store
-from vitscale.pipeline.distributed import World, die_with_parent
-from vitscale.pipeline.signals import leave_stopping_to_the_rank
+from vitscale.pipeline.data.workers import worker_deaths, worker_options
+from vitscale.pipeline.distributed import World
 
 Batch = dict[str, torch.Tensor]
 NUMBERS = ("label", "number", "epoch", "row", "key", "digest", "skipped")
@@ -215,16 +213,6 @@ class _Views(Dataset):
             raise UserError("data", where, "an image", remedy) from reason
 
 
-def _as_it_is(loaded: Loaded | UserError) -> Loaded | UserError:
-    return loaded
-
-
-def _start_worker(worker: int) -> None:
-    cv2.setNumThreads(0)  # not 1, which would wait for threads that a fork does not take along
-    die_with_parent()
-    leave_stopping_to_the_rank()
-
-
 def _batches(
     store: Store, view: View, requests: Callable[[], Iterator[list[Request]]], settings: LoaderSettings, world: World
 ) -> Iterator[Batch]:
@@ -234,30 +222,13 @@ def _batches(
     loader = DataLoader(
         _Views(store, view, rows, settings.skip, slots),
         batch_sampler=((slots.take(), asked) for asked in requests()),  # pyright: ignore[reportArgumentType]
-        collate_fn=_as_it_is,
-        num_workers=settings.workers,
-        prefetch_factor=AHEAD if settings.workers else None,
         pin_memory=cuda,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # its own: the global one belongs to the model's dropout
+        **worker_options(settings.workers, AHEAD),
     )
     with worker_deaths(settings.workers):
         batches = _named(loader, slots)
         batches = _on_device(batches, world.device) if cuda else batches
         yield from _with_targets(batches, len(store.classes)) if store.multi else batches
-
-
-@contextmanager
-def worker_deaths(workers: int) -> Iterator[None]:
-    """Turn what torch raises when a worker dies, wherever this process is at that moment, into `UserError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        got = f"{workers}, of which one died ({' '.join(str(error).split())[:200]})"
-        remedy = "It may have run out of memory: try fewer workers. Run again to go on."
-        raise UserError("data.workers", got, "processes that live as long as the rank", remedy) from error
 
 
 def _named(loaded: Iterable[Loaded | UserError], slots: _Slots) -> Iterator[Batch]:

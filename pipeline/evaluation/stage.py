@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
-from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, evaluation_batches, worker_deaths
+from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, evaluation_batches
 from vitscale.pipeline.data.store import Store, check_classes, check_images
+from vitscale.pipeline.data.workers import worker_deaths
 from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.evaluation.bootstrap import Interval, wilson
 from vitscale.pipeline.evaluation.class_map import SUBSET, MappedTrained, mapped

@@ -12,8 +12,9 @@ import torch
 
 from vitscale.errors import UserError
 from vitscale.pipeline.data import order
-from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings, worker_deaths
+from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings
 from vitscale.pipeline.data.store import Store, check_classes, check_images
+from vitscale.pipeline.data.workers import worker_deaths
 from vitscale.pipeline.distributed import World, agree, gather
 from vitscale.pipeline.evaluation import calibration as calibrating
 from vitscale.pipeline.evaluation import corruptions as corrupting
