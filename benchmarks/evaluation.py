@@ -1,8 +1,9 @@
-"""What evaluations cost beside what they cannot do without: `python benchmarks/evaluation.py` on one core.
+"""What evaluations cost beside what they cannot do without: `python benchmarks/evaluation.py [FILE [PART …]]`.
 
-Features, accuracy and predictions of files beside the bare forward of the same images, k-nearest neighbours beside the
-matrix product alone, and corruptions in milliseconds. Rounds of the two that are compared alternate, as other work on a
-machine comes and goes.
+Features, accuracy and predictions of files beside the bare forward of as many images, k-nearest neighbours beside the
+matrix product alone, and corruptions in milliseconds. Networks have one core; the loader has a process beside them.
+Rounds of what is compared alternate, as other work on a machine comes and goes. FILE gets the figures; with some of
+`PARTS` these alone are measured, and the others in FILE stay.
 """
 
 import json
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -37,23 +39,28 @@ from vitscale.pipeline.evaluation.features import features, of_arrays
 from vitscale.pipeline.evaluation.knn import CHUNK, knn
 from vitscale.pipeline.evaluation.stage import evaluate
 from vitscale.pipeline.inference import Classifier
-from vitscale.pipeline.prediction import find_files, predict_files
+from vitscale.pipeline.prediction import Files, find_files, predict_files
 from vitscale.pipeline.weights import Trained
 
 ROUNDS, SIDE, MICRO_BATCH = 3, 96, 32
+COPIES = 14  # of the 359 images: a pass over them takes ViT-S/16 about a minute
 CPU = torch.device("cpu")
 
 
-def ratio(ours: Callable[[], object], bare: Callable[[], object]) -> dict[str, float]:
-    """Seconds of both, medians over rounds, and their ratio."""
-    seconds: tuple[list[float], list[float]] = ([], [])
+def ratios(bare: Callable[[], object], ours: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+    """Of each of `ours` its seconds, those of `bare`, medians over rounds, and their ratio."""
+    seconds: dict[str, list[float]] = {name: [] for name in (*ours, "bare")}
     for _ in range(ROUNDS):
-        for run, kept in zip((ours, bare), seconds, strict=True):
+        for name, run in {**ours, "bare": bare}.items():
             begun = time.perf_counter()
             run()
-            kept.append(time.perf_counter() - begun)
-    one, other = map(median, seconds)
-    return {"seconds": round(one, 3), "bare_seconds": round(other, 3), "ratio": round(one / other, 3)}
+            seconds[name].append(time.perf_counter() - begun)
+    print(json.dumps({name: [round(each, 3) for each in rounds] for name, rounds in seconds.items()}), file=sys.stderr)
+    *of_ours, other = map(median, seconds.values())
+    return {
+        name: {"seconds": round(one, 3), "bare_seconds": round(other, 3), "ratio": round(one / other, 3)}
+        for name, one in zip(ours, of_ours, strict=True)
+    }
 
 
 def network_of(depth: int, width: int) -> Network:
@@ -82,28 +89,20 @@ def forward(network: Network, images: int) -> Callable[[], None]:
     return bare
 
 
-def of_features(folder: Path) -> dict[str, float]:
-    """ViT-S/16 on 359 images, written to a new folder each time."""
+def of_passes(folder: Path) -> dict[str, Any]:
+    """ViT-S/16 on 5,026 images: features, written to a new folder each time; top-1, top-5 and the confusion matrix."""
     shard(str(folder / "images" / "test"), str(folder / "shards"), ShardConfig())
     network, preprocess = network_of(12, 384), Preprocess(SIDE, 1.0)
-    store, world = Store(str(folder / "shards"), "DATASET"), World(0, 1, 0, CPU)
-    settings = LoaderSettings(MICRO_BATCH, 1)
+    trained, settings, world = trained_of(network), LoaderSettings(MICRO_BATCH, 1), World(0, 1, 0, CPU)
+    store = Store([str(folder / "shards")] * COPIES, "DATASET")
 
-    def ours() -> None:
+    def extract() -> None:
         features(network, store, preprocess, settings, world, Path(tempfile.mkdtemp(dir=folder)))
 
-    return ratio(ours, forward(network, len(store)))
+    def count() -> None:
+        evaluate(trained, store, settings, world)
 
-
-def of_accuracy(folder: Path) -> dict[str, float]:
-    """Top-1, top-5 and the confusion matrix of ViT-S/16 on the same images."""
-    network = network_of(12, 384)
-    trained, store, world = trained_of(network), Store(str(folder / "shards"), "DATASET"), World(0, 1, 0, CPU)
-
-    def ours() -> None:
-        evaluate(trained, store, LoaderSettings(MICRO_BATCH, 1), world)
-
-    return ratio(ours, forward(network, len(store)))
+    return ratios(forward(network, len(store)), {"features": extract, "accuracy": count})
 
 
 def trained_of(network: Network) -> Trained:
@@ -114,23 +113,25 @@ def trained_of(network: Network) -> Trained:
     return Trained(Path(), network.config, classes, Preprocess(SIDE, 1.0), {}, lambda: tensors)
 
 
-def of_predictions(folder: Path, depth: int, width: int) -> dict[str, float]:
+def of_predictions(folder: Path) -> dict[str, Any]:
     """Classes of 2,154 image files, read and decoded by one process beside this one, in a Parquet file."""
-    images = folder / f"images-{width}"
     for copy in range(6):
-        shutil.copytree(folder / "images" / "test", images / str(copy))
-    network = network_of(depth, width)
-    classifier = Classifier(trained_of(network))
-    files = find_files([str(images)], "FILES", classifier.preprocess, MICRO_BATCH, 1)
+        shutil.copytree(folder / "images" / "test", folder / "files" / str(copy))
+    found = {}
+    for name, depth, width in (("predictions", 12, 384), ("predictions_small", 4, 128)):
+        network = network_of(depth, width)
+        classifier = Classifier(trained_of(network))
+        files = find_files([str(folder / "files")], "FILES", classifier.preprocess, MICRO_BATCH, 1)
 
-    def ours() -> None:
-        predict_files(classifier, files, folder / "out.parquet", 3, lambda done, total, text="": None)
+        def ours(classifier: Classifier = classifier, files: Files = files) -> None:
+            predict_files(classifier, files, folder / "out.parquet", 3, lambda done, total, text="": None)
 
-    found = ratio(ours, forward(network, files.count))
-    return {**found, "images_per_minute": round(60 * files.count / found["seconds"])}
+        found |= ratios(forward(network, files.count), {name: ours})
+        found[name]["images_per_minute"] = round(60 * files.count / found[name]["seconds"])
+    return found
 
 
-def of_neighbours() -> dict[str, float]:
+def of_neighbours(folder: Path) -> dict[str, Any]:
     """1,000 images against 40,000 of width 384, beside the product of the same matrices and the 200 largest."""
     random = np.random.default_rng(0)
     train, test = (random.standard_normal((images, 384)).astype(np.float32) for images in (40_000, 1_000))
@@ -142,10 +143,10 @@ def of_neighbours() -> dict[str, float]:
         for rows in one.split(CHUNK):
             (rows @ other.T).topk(200, dim=1)
 
-    return ratio(lambda: dict(knn(known, asked, 100, range(len(test)))), bare)
+    return ratios(bare, {"knn": lambda: dict(knn(known, asked, 100, range(len(test))))})
 
 
-def of_corruptions() -> dict[str, float]:
+def of_corruptions(folder: Path) -> dict[str, Any]:
     """Milliseconds of an image of 224 px, the mean over severities."""
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     found = {}
@@ -154,24 +155,23 @@ def of_corruptions() -> dict[str, float]:
         for severity in range(1, 6):
             corrupt(image, kind, severity, "key")
         found[kind] = round((time.perf_counter() - begun) / 5 * 1000, 1)
-    return found
+    return {"corruptions_ms": found}
+
+
+PARTS = {"passes": of_passes, "predictions": of_predictions, "knn": of_neighbours, "corruptions": of_corruptions}
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    file, chosen = Path(sys.argv[1]) if len(sys.argv) > 1 else None, sys.argv[2:] or list(PARTS)
+    found = json.loads(file.read_text()) if file and file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         write_digits(Path(folder) / "images")
-        found = {
-            "features": of_features(Path(folder)),
-            "accuracy": of_accuracy(Path(folder)),
-            "predictions": of_predictions(Path(folder), 12, 384),
-            "predictions_small": of_predictions(Path(folder), 4, 128),
-            "knn": of_neighbours(),
-            "corruptions_ms": of_corruptions(),
-        }
+        for part in chosen:
+            found |= PARTS[part](Path(folder))
     print(json.dumps(found, indent=1))
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n")
+    if file:
+        file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

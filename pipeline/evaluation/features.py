@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitscale.data_prep.publish import publish_text
+from vitscale.data_prep.publish import publish_text, sync_folder
 from vitscale.errors import UserError
 from vitscale.model.network import Network
 from vitscale.pipeline.data import order
@@ -22,11 +23,11 @@ from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.data.loader import Batch, EvaluationView, LoaderSettings, evaluation_batches
 from vitscale.pipeline.data.store import Store, check_images
 from vitscale.pipeline.distributed import World, agree, gather
+from vitscale.pipeline.evaluation.feature_files import FeatureFile, create, open_file
 from vitscale.pipeline.objectives.supervised import Supervised
 
 Represent = Callable[[Batch], Tensor]  # what the classifier sees of a batch, float32 (B, D)
-FORMAT = 1
-DTYPES = ("float32", "float16")
+FORMAT = 2
 DONE = "features.json"  # comes last: a folder with it is whole
 
 
@@ -34,13 +35,15 @@ DONE = "features.json"  # comes last: a folder with it is whole
 class Features:
     """Features (N, D) with labels and keys (N,), in the order of the dataset at any number of ranks.
 
-    `parts` are memory-mapped, so that reading some rows takes the memory of these alone. `keys` are the numbers that
-    stand for the keys of samples (`augment.key_number`).
+    `parts` may be views of mapped `files`, which are let go after each reading, so that some rows take the memory of
+    these alone, and all of them no more. `keys` are the numbers that stand for the keys of samples
+    (`augment.key_number`).
     """
 
     parts: list[np.ndarray]
     labels: NDArray[np.int64]
     keys: NDArray[np.int64]
+    files: Sequence[FeatureFile] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,7 +58,9 @@ class Features:
         for part in self.parts:
             found.append(part[max(0, first - begin) : max(0, last - begin)])
             begin += len(part)
-        return np.concatenate(found).astype(np.float32, copy=False)
+        rows = np.concatenate(found).astype(np.float32, copy=False)
+        self._let_go()
+        return rows
 
     def take(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
         """The rows of these numbers, float32 (n, D)."""
@@ -64,12 +69,17 @@ class Features:
             here = (numbers >= begin) & (numbers < begin + len(part))
             taken[here] = part[numbers[here] - begin]
             begin += len(part)
+        self._let_go()
         return taken
 
     def chunks(self, size: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """All rows, `size` at a time, each with the number of its first."""
         for first in range(0, len(self), size):
             yield first, self.rows(first, min(first + size, len(self)))
+
+    def _let_go(self) -> None:
+        for file in self.files:
+            file.let_go()
 
 
 def of_arrays(values_ND: np.ndarray, labels: np.ndarray, keys: np.ndarray | None = None) -> Features:
@@ -134,8 +144,8 @@ def features_of(
     if not found:
         batches, images = evaluation_batches(store, EvaluationView(preprocess), settings, world), len(store)
 
-        def write(partial: Path) -> None:
-            _write(represent, batches, images, world, partial, told["dtype"])
+        def write(partial: Path) -> int:
+            return _write(represent, batches, images, world, partial, told["dtype"])
 
         _compute(write, world, folder, {"images": images, **told})
     kept = read(folder)
@@ -152,67 +162,77 @@ def read(folder: Path) -> Features | None:
         told = json.loads((folder / DONE).read_text())
         if told["format"] != FORMAT:
             return None
-        parts = [np.load(folder / _name("values", *part), mmap_mode="r") for part in told["parts"]]
-        labels, keys = (
-            np.concatenate([np.load(folder / _name(kind, *part)) for part in told["parts"]])
-            for kind in ("labels", "keys")
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        files, size = [], told["ranks"]
+        for rank in range(size):
+            low, high = order.rank_rows(told["images"], rank, size)
+            files.append(open_file(folder / _name(rank, size), high - low, told["width"], told["dtype"]))
+        labels, keys = (np.concatenate([getattr(file, kind) for file in files]) for kind in ("labels", "keys"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    whole = sum(map(len, parts)) == len(labels) == len(keys) == told["images"]
-    return Features(parts, labels, keys) if whole else None
+    return Features([file.features for file in files], labels, keys, files)
 
 
-def _compute(write: Callable[[Path], None], world: World, folder: Path, told: dict[str, Any]) -> None:
-    """Compute and publish: all ranks `write` into one hidden folder, which rank 0 gives its name in the end."""
+def _compute(write: Callable[[Path], int], world: World, folder: Path, told: dict[str, Any]) -> None:
+    """Compute and publish: all ranks `write` into one hidden folder, which rank 0 gives its name in the end.
+
+    `write` returns the width of the features.
+    """
     partial = Path(gather(str(folder.with_name(f".{folder.name}-{os.getpid()}")))[0])
-    error = None
+
+    def publish() -> None:
+        publish_text(partial / DONE, json.dumps({"format": FORMAT, "ranks": world.size, "width": width, **told}))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        write(partial)
-    except UserError as problem:
-        error = problem
-    except OSError as problem:
-        error = UserError("--out", f"{problem}", "room for features", "Free some, or choose another folder.")
-    try:
-        agree(error)
-        if world.main:
-            parts = [(rank, world.size) for rank in range(world.size)]
-            publish_text(partial / DONE, json.dumps({"format": FORMAT, "parts": parts, **told}))
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-        gather(None)
+        with _agreed():
+            partial.mkdir(parents=True, exist_ok=True)
+            width = write(partial)
+        with _agreed():
+            if world.main:
+                publish()
     finally:
         if world.main:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def _agreed() -> Iterator[None]:
+    """Raise on every rank what the block raised on any: a `UserError`, also for a disk that cannot be written."""
+    error = None
+    try:
+        yield
+    except UserError as problem:
+        error = problem
+    except OSError as problem:
+        error = UserError("--out", f"{problem}", "room for features", "Free some, or choose another folder.")
+    agree(error)
+
+
 @torch.no_grad()  # not inference_mode: partitioned weights that were gathered in it could not be trained
-def _write(represent: Represent, batches: Iterator[Batch], images: int, world: World, folder: Path, dtype: str) -> None:
-    """This rank's rows, written batch by batch to mapped files, which the kernel empties to disk as it sees fit."""
+def _write(represent: Represent, batches: Iterator[Batch], images: int, world: World, folder: Path, dtype: str) -> int:
+    """This rank's rows, written batch by batch to a mapped file, which the kernel empties to disk as it sees fit."""
     low, high = order.rank_rows(images, world.rank, world.size)
-    labels, keys = np.zeros(high - low, np.int64), np.zeros(high - low, np.int64)
-    values = None
+    file = None
     for batch in batches:
         found_BD = represent(batch).cpu().numpy()
-        if values is None:
-            name = folder / _name("values", world.rank, world.size)
-            shape = (high - low, found_BD.shape[1])
-            values = np.lib.format.open_memmap(name, mode="w+", dtype=dtype, shape=shape)
+        if file is None:
+            file = create(folder / _name(world.rank, world.size), high - low, found_BD.shape[1], dtype)
         real = batch["weight"].cpu().numpy() > 0
         rows = batch["row"].cpu().numpy()[real] - low
         with np.errstate(over="ignore"):
-            values[rows] = found_BD[real]
-        labels[rows], keys[rows] = batch["label"].cpu().numpy()[real], batch["key"].cpu().numpy()[real]
-        bad = ~np.isfinite(values[rows]).all(axis=1)
+            file.features[rows] = found_BD[real]
+        file.labels[rows], file.keys[rows] = batch["label"].cpu().numpy()[real], batch["key"].cpu().numpy()[real]
+        bad = ~np.isfinite(file.features[rows]).all(axis=1)
         if bad.any():
             got = f"features that are not finite as {dtype}, first of image {low + int(rows[bad.argmax()])}"
             raise UserError("CHECKPOINT", got, "finite ones", "Use another checkpoint of the run.")
-    assert values is not None
-    values.flush()
-    np.save(folder / _name("labels", world.rank, world.size), labels)
-    np.save(folder / _name("keys", world.rank, world.size), keys)
+        file.let_go()
+    assert file is not None
+    file.sync()
+    return file.features.shape[1]
 
 
-def _name(kind: str, rank: int, size: int) -> str:
-    return f"{kind}-{rank:05d}-of-{size:05d}.npy"
+def _name(rank: int, size: int) -> str:
+    return f"features-{rank:05d}-of-{size:05d}.safetensors"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from vitscale.errors import UserError
 from vitscale.model.config import ViTConfig
@@ -19,7 +21,8 @@ from vitscale.pipeline.data.loader import EvaluationView, LoaderSettings
 from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.evaluation import knn as nearest
-from vitscale.pipeline.evaluation.features import features, identity, of_arrays, read
+from vitscale.pipeline.evaluation.feature_files import create
+from vitscale.pipeline.evaluation.features import Features, features, identity, of_arrays, read
 from vitscale.pipeline.evaluation.knn import knn, neighbours
 
 MODEL = ViTConfig(img_size=16, patch_size=8, depth=1, width=16, mlp_width=32, heads=2, num_classes=10)
@@ -56,11 +59,17 @@ def test_features_are_those_of_the_network_in_order(digits: Any, tmp_path: Path,
         some = np.array([358, 0, 119, 120, 179, 180, 5])
         assert (found.take(some) == found.rows(0, 359)[some]).all()
         assert (np.concatenate([rows for _, rows in found.chunks(100)]) == found.rows(0, 359)).all()
+        files = sorted((tmp_path / str(size) / name[0]).glob("*.safetensors"))
+        assert [file.name for file in files] == [f"features-{n:05d}-of-{size:05d}.safetensors" for n in range(size)]
+        loaded = [load_file(file) for file in files]  # by the library
+        assert (np.concatenate([each["features"] for each in loaded]) == found.rows(0, 359)).all()
+        for kind in ("labels", "keys"):
+            assert np.concatenate([each[kind] for each in loaded]).tolist() == getattr(found, kind).tolist()
 
 
 def test_features_are_used_again_only_where_they_are_the_same(digits: Any, tmp_path: Path) -> None:
     first = extract(ALONE, str(digits.test), str(tmp_path))
-    file = tmp_path / first[0] / "values-00000-of-00001.npy"
+    file = tmp_path / first[0] / "features-00000-of-00001.safetensors"
     written = file.stat().st_mtime_ns
     assert extract(ALONE, str(digits.test), str(tmp_path)) == first
     assert file.stat().st_mtime_ns == written
@@ -76,6 +85,53 @@ def test_features_are_used_again_only_where_they_are_the_same(digits: Any, tmp_p
     with torch.no_grad():
         network.get_parameter("norm.bias")[3] += 1e-7
     assert identity(network, PREPROCESS, Store(str(digits.test), "x")) != told
+
+
+def garbled(data: bytes, old: bytes, new: bytes) -> bytes:
+    assert data.count(old) == 1
+    assert len(old) == len(new)
+    return data.replace(old, new)
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "the header alone": lambda data: data[:200],
+    "cut short": lambda data: data[:-1],
+    "too long": lambda data: data + b" ",
+    "length of the header": lambda data: b"\xff" * 8 + data[8:],
+    "no JSON": lambda data: data[:8] + b"\0" * 100 + data[108:],
+    "other shape": lambda data: garbled(data, b"[359, 16]", b"[16, 359]"),
+    "other type": lambda data: garbled(data, b'"F32"', b'"I32"'),
+    "other place": lambda data: garbled(data, b"[2872, 5744]", b"[0002, 5744]"),
+}
+
+
+def test_damaged_features_are_computed_again(digits: Any, tmp_path: Path) -> None:
+    folder = tmp_path / extract(ALONE, str(digits.test), str(tmp_path))[0]
+    file, done = folder / "features-00000-of-00001.safetensors", folder / "features.json"
+    whole, told = file.read_bytes(), json.loads(done.read_text())
+    for name, damage in DAMAGE.items():
+        file.write_bytes(damage(whole))
+        assert read(folder) is None, name
+    extract(ALONE, str(digits.test), str(tmp_path))
+    assert file.read_bytes() == whole
+    others = [{"format": 1}, {"ranks": 0}, {"ranks": 2}, {"images": 358}, {"width": "x"}, {"dtype": "save"}]
+    for text in ("", "[]", "{}", *(json.dumps({**told, **other}) for other in others)):
+        done.write_text(text)
+        assert read(folder) is None, text
+    extract(ALONE, str(digits.test), str(tmp_path))
+    assert json.loads(done.read_text()) == told
+
+
+def test_a_disk_without_room_is_told(digits: Any, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes of a file, of which 28,920 are needed
+    try:
+        with pytest.raises(UserError, match=r"^--out: got .*File too large.*; expected room for features"):
+            extract(ALONE, str(digits.test), str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_features_that_are_no_numbers_are_refused(digits: Any, tmp_path: Path) -> None:
@@ -165,8 +221,33 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path, monkeypatch: pytes
     assert peaks[1] < 1.1 * peaks[0]
 
 
+def resident() -> int:
+    """Bytes of mapped files that count as memory of this process."""
+    return next(int(row.split()[1]) << 10 for row in open("/proc/self/status") if row.startswith("RssFile"))
+
+
+def test_rows_that_were_read_do_not_stay_in_memory(tmp_path: Path) -> None:
+    file = create(tmp_path / "x", 200_000, 64, "float32")
+    file.features[:] = 1
+    written = resident()
+    file.let_go()
+    before = resident()
+    assert written - before > 45 << 20  # of 49 MB
+    found = Features([file.features], file.labels, file.keys, [file])
+    assert sum(float(rows.sum()) for _, rows in found.chunks(10_000)) == 200_000 * 64
+    assert found.take(np.arange(0, 200_000, 5)).sum() == 40_000 * 64
+    assert resident() - before < 10 << 20  # code that was not used before
+    assert file.features.sum() == 200_000 * 64
+    assert resident() - before > 45 << 20
+
+
 def test_the_folder_says_what_it_holds(digits: Any, tmp_path: Path) -> None:
     name = extract(ALONE, str(digits.test), str(tmp_path), dtype="float16")[0]
     told = json.loads((tmp_path / name / "features.json").read_text())
-    assert (told["images"], told["dtype"], told["parts"]) == (359, "float16", [[0, 1]])
+    assert (told["images"], told["width"], told["dtype"], told["ranks"]) == (359, 16, "float16", 1)
     assert told["dataset"] == Store(str(digits.test), "x").fingerprint
+    found = read(tmp_path / name)
+    assert found is not None
+    stored = load_file(tmp_path / name / "features-00000-of-00001.safetensors")["features"]
+    assert stored.dtype == np.float16
+    assert (stored == found.rows(0, 359)).all()

@@ -1,0 +1,86 @@
+"""The features of one rank: a safetensors file of `keys`, `labels` and `features`, written and read through a map."""
+
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitscale.pipeline.tensor_file import DTYPES
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """Views of the file's memory: keys and labels int64 (n,), features float (n, D)."""
+
+    path: Path
+    memory: mmap.mmap
+    keys: np.ndarray
+    labels: np.ndarray
+    features: np.ndarray
+
+    def let_go(self) -> None:
+        """Have its pages no longer count as memory of this process; they are read again, or stay to be written."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.memory.madvise(mmap.MADV_DONTNEED)
+
+    def sync(self) -> None:
+        """Wait until it is on disk. Raises OSError."""
+        self.memory.flush()
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def create(path: Path, rows: int, width: int, dtype: str) -> FeatureFile:
+    """A new file of zeros, to be filled. Raises OSError, and does so here if the disk has no room for it."""
+    head, size = _layout(rows, width, dtype)
+    with path.open("w+b") as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # a page of a map that finds no room later would kill the process
+        file.write(head)
+        file.flush()
+        return _mapped(path, mmap.mmap(file.fileno(), size), len(head), rows, width, dtype)
+
+
+def open_file(path: Path, rows: int, width: int, dtype: str) -> FeatureFile:
+    """The file that `create` made of the same numbers. Raises `ValueError` for any other, and OSError."""
+    head, size = _layout(rows, width, dtype)
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size != size or file.read(len(head)) != head:
+            raise ValueError(f"{path} is not {rows} features of {width} as {dtype}")
+        memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        return _mapped(path, memory, len(head), rows, width, dtype)
+
+
+def _layout(rows: int, width: int, dtype: str) -> tuple[bytes, int]:
+    """What the file begins with, and its bytes. Tensors of 8 bytes a number come first, so that all are aligned."""
+    tensors = {
+        "keys": (torch.int64, (rows,)), "labels": (torch.int64, (rows,)),
+        "features": (getattr(torch, dtype), (rows, width)),
+    }  # fmt: skip
+    head = _header(tensors)
+    return head, len(head) + sum(kind.itemsize * math.prod(shape) for kind, shape in tensors.values())
+
+
+def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The header of a safetensors file of these tensors in this order, with its length before it."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _mapped(path: Path, memory: mmap.mmap, begin: int, rows: int, width: int, dtype: str) -> FeatureFile:
+    keys, labels = (np.frombuffer(memory, np.int64, rows, at) for at in (begin, begin + 8 * rows))
+    features = np.frombuffer(memory, dtype, rows * width, begin + 16 * rows)
+    return FeatureFile(path, memory, keys, labels, features.reshape(rows, width))
