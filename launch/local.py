@@ -28,7 +28,7 @@ from vitscale.errors import (
     FAILURE_FILE,
     UserError,
 )
-from vitscale.pipeline.signals import STOP_SIGNALS
+from vitscale.pipeline.signals import STOP_SIGNALS, STOPPING
 
 LAUNCHER = "VITSCALE_LAUNCHER"  # environment of a rank: the process id of its launcher, with which it ends
 GRACE = 5.0  # seconds that ranks have to end by themselves once one has failed: most lose it, and say so
@@ -102,7 +102,8 @@ def launch(command: list[str], processes: int) -> int:
     """Run `vitscale COMMAND` as `processes` ranks and wait for them. Returns the exit code, one of `vitscale.errors`.
 
     SIGTERM and SIGUSR1 are passed on, and waited for as long as ranks take to save. If a rank fails the others are
-    ended, and what the first one to fail said is printed once. Raises `KeyboardInterrupt` after Ctrl-C.
+    ended, and what the first one to fail said is printed once. After Ctrl-C, which they are told of as by SIGTERM,
+    raises `KeyboardInterrupt` with what was saved, once they have ended; a second one ends them at once.
     """
     # -P: like the console script, do not import from the working directory
     return run([sys.executable, "-P", "-m", "vitscale.launch.cli", *command], processes)
@@ -124,9 +125,9 @@ def run(program: list[str], processes: int) -> int:
             passed = _wait(ranks, signals)
         finally:
             _kill(ranks)
-        if signal.SIGINT in passed:
-            raise KeyboardInterrupt
         failures = [failure for rank in ranks if (failure := rank.failure(passed))]
+        if signal.SIGINT in passed:
+            raise KeyboardInterrupt(*[each.text for each in failures if each.consequence == 2 and each.text][:1])
     if not failures:
         return EXIT_DONE
     first = min(failures)
@@ -172,13 +173,13 @@ def _wait(ranks: list[_Rank], signals: list[int]) -> set[int]:
     while alive := [rank for rank in ranks if rank.alive()]:
         while signals:
             number = signals.pop(0)
-            if number != signal.SIGINT:
-                for rank in alive:
-                    rank.process.send_signal(number)
-            elif number in passed:  # a second Ctrl-C
+            interrupt = number == signal.SIGINT
+            if interrupt and number in passed:
                 return passed
-            else:  # a terminal sends it to all of its processes, and a rank should not have it twice
-                deadline = min(deadline, time.monotonic() + GRACE)
+            if interrupt:
+                print(STOPPING, end="", file=sys.stderr, flush=True)
+            for rank in alive:  # a terminal sends Ctrl-C to all of its processes, and two of them end a rank at once
+                rank.process.send_signal(signal.SIGTERM if interrupt else number)
             passed.add(number)
         if deadline == inf and any(rank.failed for rank in ranks):
             deadline = time.monotonic() + GRACE

@@ -53,9 +53,9 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             report_failure(f"error: {error}", cause=True)
             _exit(EXIT_USER)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would show a traceback
-            report_failure("interrupted; run the same command again to go on")
+            report_failure(str(stop) or "interrupted; run the same command again to go on")
             _exit(EXIT_INTERRUPTED)
         except (typer.Exit, typer.Abort):
             raise
@@ -108,5 +108,5 @@ def run_ranks(work: Callable[[Any], None], check: Callable[[], None], nproc: int
             signal.signal(number, signal.SIG_IGN)
         if world.main:
             report_failure(f"{saved}; run the same command again to go on")
-        leave(EXIT_REQUEUE)
+        leave(EXIT_INTERRUPTED if saved.interrupted and not under_launcher() else EXIT_REQUEUE)
     leave()

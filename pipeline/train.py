@@ -164,7 +164,7 @@ def run_steps(run: Run, advance: Any) -> None:
             if stopping:
                 run.saver.finish()
                 names = [name for name in gather(run.signals.asked) if name]
-                raise Requeue(f"saved at step {done} of {plan.steps} after {names[0]}")
+                raise Requeue(f"saved at step {done} of {plan.steps} after {names[0]}", "SIGINT" in names)
 
 
 def batches_of(plan: Plan, world: World, steps: range, engine: Engine) -> Iterator[Batch]:

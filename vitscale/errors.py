@@ -41,8 +41,13 @@ class Requeue(Exception):  # noqa: N818 (no error)
     """The work was asked to stop, is saved, and wants to be started again: exit code 75.
 
     Its text says what was done ("saved at step 120 after SIGTERM"); the command line adds what to do next. To be raised
-    on every rank, as each then waits for the others before it ends.
+    on every rank, as each then waits for the others before it ends. `interrupted`: it was asked by Ctrl-C, and nobody
+    starts it again of himself.
     """
+
+    def __init__(self, text: str, interrupted: bool = False) -> None:
+        self.interrupted = interrupted
+        super().__init__(text)
 
 
 def report_failure(text: str, cause: bool = False) -> None:

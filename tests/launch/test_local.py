@@ -99,7 +99,7 @@ def test_ctrl_c_and_a_second_one(
     with pytest.raises(KeyboardInterrupt):
         run(source)
     monkeypatch.setattr(local, "GRACE", 60.0)
-    twice = "signal.signal(signal.SIGINT, signal.SIG_IGN); meet('again')\nif rank == 0:\n"
+    twice = "signal.signal(signal.SIGTERM, signal.SIG_IGN); meet('again')\nif rank == 0:\n"
     twice += "    for _ in range(2): os.kill(launcher, signal.SIGINT); time.sleep(0.5)\ntime.sleep(60)"
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

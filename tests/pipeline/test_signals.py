@@ -38,6 +38,22 @@ def test_signals_are_noted_and_handlers_come_back() -> None:
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
+def test_a_second_interrupt_is_one(request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with `&` ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.asked == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.asked == ""
+
+
 def test_loader_processes_leave_signals_to_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when Slurm signals all processes of a step: every batch still comes. torch's own SIGTERM ends a process."""
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # torch waits for it to end first
@@ -45,7 +61,7 @@ def test_loader_processes_leave_signals_to_their_rank(monkeypatch: pytest.Monkey
         batches = iter(DataLoader(Numbers(), None, num_workers=1, worker_init_fn=start, prefetch_factor=2))
         seen, worker = next(batches).tolist()
         if not os.fork():  # a signal by another process than the rank
-            for number in STOP_SIGNALS:
+            for number in (*STOP_SIGNALS, signal.SIGINT):
                 os.kill(worker, number)
             os._exit(0)
         os.wait()
