@@ -62,6 +62,20 @@ class TensorFile:
         return out
 
 
+def file_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What a safetensors file of these tensors, in this order, begins with; a multiple of 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def write_safetensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -75,13 +89,6 @@ def write_safetensors(
     sha256. Other threads go on meanwhile, and the file is not read again for its checksum; the library's own writer
     holds the interpreter's lock, and all tensors at once. Raises OSError.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:
 
@@ -90,7 +97,7 @@ def write_safetensors(
                 file.write(data[at : at + PIECE])
                 digest.update(data[at : at + PIECE])
 
-        write(memoryview(struct.pack("<Q", len(text)) + text))
+        write(memoryview(file_header({name: (dtype, shape) for name, shape in shapes.items()}, metadata)))
         for name, shape in shapes.items():
             tensor = read(name)
             if tuple(tensor.shape) != tuple(shape):

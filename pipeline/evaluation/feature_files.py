@@ -1,19 +1,15 @@
 """The features of one rank: a safetensors file of `keys`, `labels` and `features`, written and read through a map."""
 
-import json
 import math
 import mmap
 import os
-import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from vitscale.pipeline.tensor_file import DTYPES
+from vitscale.pipeline.tensor_file import file_header
 
 
 @dataclass(frozen=True)
@@ -64,20 +60,8 @@ def _layout(rows: int, width: int, dtype: str) -> tuple[bytes, int]:
         "keys": (torch.int64, (rows,)), "labels": (torch.int64, (rows,)),
         "features": (getattr(torch, dtype), (rows, width)),
     }  # fmt: skip
-    head = _header(tensors)
+    head = file_header(tensors)
     return head, len(head) + sum(kind.itemsize * math.prod(shape) for kind, shape in tensors.values())
-
-
-def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The header of a safetensors file of these tensors in this order, with its length before it."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _mapped(path: Path, memory: mmap.mmap, begin: int, rows: int, width: int, dtype: str) -> FeatureFile:
