@@ -16,7 +16,6 @@ from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.foreign_files import SUFFIXES, open_file, open_shards, read_json
 from vitscale.pipeline.mirror import fetch, names, shown
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 UNTOLD = View(0.875)  # for files that say nothing of preprocessing
 LONGEST = 400  # characters told of what a file holds
 ASSUMED = "nothing is said of preprocessing: values in [-1, 1] and a crop of 0.875 are assumed"
@@ -75,7 +74,8 @@ def _open(
     def open_ours() -> Tensors:
         return imported(layout, config, theirs()).tensors
 
-    return weights.Trained(path, found.config, classes or [], preprocess, origin, open_ours)
+    opened = weights.finite(open_ours, shown(path), setting)
+    return weights.Trained(path, found.config, classes or [], preprocess, origin, opened)
 
 
 def _hugging_face(described: dict[str, Any], more: dict[str, Any] | None) -> Described:
@@ -105,9 +105,11 @@ def _bare(path: Path, setting: str) -> tuple[str, Callable[[], Tensors], Callabl
 
 def _weights(folder: Path, setting: str) -> Tensors:
     """The tensors in a folder of transformers or timm."""
-    name = next((name for name in WEIGHTS if _has(folder, name)), None)
+    name = next((name for name in weights.WEIGHT_FILES if _has(folder, name)), None)
     if name is None:
-        raise UserError(setting, f"{shown(folder)} without weights", " or ".join(WEIGHTS), "Fetch the folder again.")
+        expected = " or ".join(weights.WEIGHT_FILES)
+        raise UserError(setting, f"{shown(folder)} without weights", expected, "Fetch the folder again.")
+    weights.check_export(folder, setting)
     fetch(folder / name)
     return open_shards(folder / name, setting) if name.endswith(".json") else open_file(folder / name, setting)
 

@@ -107,7 +107,11 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
                 "override", repr(override), "SETTING=VALUE, such as optim.lr=1e-3", "Write it without spaces."
             )
     try:
-        return OmegaConf.from_dotlist(overrides)
+        found = OmegaConf.from_dotlist(overrides)
+        for key in [override.removesuffix("=") for override in overrides if override.endswith("=")]:
+            if OmegaConf.select(found, key) is None:  # a later one may have given it a value
+                OmegaConf.update(found, key, "")
+        return found
     except (YAMLError, OmegaConfBaseException) as error:
         message = " ".join(str(error).split())
         raise UserError("override", message, "SETTING=VALUE with a YAML value", "Quote special characters.") from error

@@ -1,9 +1,11 @@
 """Where trained weights come from: a run, one of its checkpoints, or an export; told apart by what the folder holds."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,17 @@ from vitscale.model.network import Network
 from vitscale.pipeline import checkpoint
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.distributed import gather
-from vitscale.pipeline.mirror import fetch, reading_folder, shown
+from vitscale.pipeline.mirror import fetch, names, reading_folder, shown
 from vitscale.pipeline.run_folder import best_checkpoint
 from vitscale.pipeline.tensor_file import TensorFile
 
 EXPORT_FORMAT = 1
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 NETWORK = "model."  # where an objective has its network
 
 
@@ -75,6 +83,8 @@ def open_trained(path: str, setting: str, weights: str = "auto") -> Trained:
     from vitscale.pipeline.foreign import open_foreign  # which returns what is defined here
 
     folder = reading_folder(path, setting)
+    if folder.name in WEIGHT_FILES and "config.json" in names(folder.parent):
+        folder = folder.parent  # which tells what the file does not
     foreign = open_foreign(folder, setting)
     if foreign:
         return foreign
@@ -88,7 +98,8 @@ def open_trained(path: str, setting: str, weights: str = "auto") -> Trained:
         folder = best_checkpoint(newest)
     if (folder / "state.json").is_file():
         return _open_checkpoint(folder, setting, weights)
-    found = "a folder without checkpoints" if folder.is_dir() else "no such folder"
+    found = "a folder with none of these" if folder.is_dir() else "no such folder"
+    found = "a file of another kind" if folder.is_file() else found
     expected = "a run, a checkpoint, an export, or weights of another project"
     raise UserError(setting, f"{path}: {found}", expected, "Check the path.")
 
@@ -96,6 +107,14 @@ def open_trained(path: str, setting: str, weights: str = "auto") -> Trained:
 def open_trained_alike(path: str, setting: str, weights: str = "auto") -> Trained:
     """`open_trained` for all ranks together: each opens the folder that rank 0 found, even while a run adds others."""
     return open_trained(gather(shown(open_trained(path, setting, weights).path))[0], setting, weights)
+
+
+def check_kind(trained: Trained, wanted: str, setting: str) -> None:
+    """Raise `UserError`, naming `setting`, where a kind of weights is asked for that there is not, as of an export."""
+    found = trained.origin.get("weights")
+    if wanted not in ("auto", found):
+        got = f"{wanted} for {shown(trained.path)}, where there are {found or 'no two kinds of'} weights"
+        raise UserError(setting, got, f"a run, or an export of its {wanted} weights", "Leave it out.")
 
 
 def describe(model: Any, classes: list[str], preprocess: Preprocess) -> dict[str, Any]:
@@ -137,7 +156,50 @@ def _lora_alpha(state: dict[str, Any]) -> float:
     return float(alpha) if isinstance(alpha, int | float) else math.nan
 
 
+def check_export(folder: Path, setting: str) -> None:
+    """Raise `UserError` unless the weights in a folder are those that `export.json` there tells of, if there is one."""
+    if not {"export.json", "model.safetensors"} <= names(folder):
+        return
+    fetch(folder / "export.json")
+    fetch(folder / "model.safetensors")
+    try:
+        expected = json.loads((folder / "export.json").read_text())["sha256 of model.safetensors"]
+        status = (folder / "model.safetensors").stat()
+        found = _sha256(folder / "model.safetensors", status.st_size, status.st_mtime_ns)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected, found = "", repr(error)
+    if found != expected:
+        got = f"{shown(folder)}, whose model.safetensors is not what was exported"
+        raise UserError(setting, got, "a whole export", "Export it again, or fetch it again.")
+
+
+@lru_cache(maxsize=8)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """Of a file of this size that was changed last at that time: it is opened more than once, and large."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finite(tensors: Callable[[], Tensors], place: str, setting: str) -> Callable[[], Tensors]:
+    """`tensors`, whose reading raises `UserError` for weights that are not finite."""
+
+    def opened() -> Tensors:
+        found = tensors()
+
+        def read(name: str) -> Tensor:
+            tensor = found.read(name)
+            if not tensor.isfinite().all():
+                got = f"{place}: {name} with values that are not finite"
+                raise UserError(setting, got, "finite weights", "Use an earlier checkpoint.")
+            return tensor
+
+        return Tensors(found.shapes, read)
+
+    return opened
+
+
 def _open_export(folder: Path, setting: str) -> Trained:
+    check_export(folder, setting)
     fetch(folder / "model.safetensors")
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -164,12 +226,12 @@ def _trained(
         if len(classes) != model.num_classes:
             raise ValueError(f"{len(classes)} class names for {model.num_classes} outputs")
         if preprocess.img_size != model.img_size:
-            raise ValueError(f"preprocessing to {preprocess.img_size} for a model of {model.img_size} px")
+            raise ValueError(f"preprocessing to {preprocess.img_size} px for a model of {model.img_size} px")
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             setting, f"{folder}: {error!r}", "architecture, classes and preprocessing", "Use another one."
         ) from error
-    return Trained(folder, model, classes, preprocess, origin, tensors)
+    return Trained(folder, model, classes, preprocess, origin, finite(tensors, shown(folder), setting))
 
 
 def open_safetensors(path: Path) -> Tensors:

@@ -64,6 +64,13 @@ def test_refusals(override: str, setting: str, said: str) -> None:
     assert said in str(error.value)
 
 
+def test_nothing_behind_the_sign_is_an_empty_text() -> None:
+    assert load_recipe("digits-demo", ["data.dev=2%", "data.dev=", "run.wandb="], SHIPPED).data.dev == ""
+    assert load_recipe("digits-demo", ["data.dev=", "data.dev=2%"], SHIPPED).data.dev == "2%"
+    with pytest.raises(UserError, match=r"^optim\.lr: got Value ''"):
+        load_recipe("digits-demo", ["optim.lr="], SHIPPED)
+
+
 def test_bf16_needs_partitioned_masters() -> None:
     with pytest.raises(UserError, match=r"engine.zero_stage=1"):
         load_recipe("digits-demo", ["engine.dtype=bf16", "engine.zero_stage=0"], SHIPPED)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from vitscale.errors import UserError
 from vitscale.model.config import ViTConfig
 from vitscale.model.vit import VisionTransformer
 from vitscale.pipeline.data.augment import Preprocess
+from vitscale.pipeline.export import export as write
 from vitscale.pipeline.inference import load
 from vitscale.pipeline.weights import describe, open_trained
 
@@ -22,10 +24,13 @@ MODEL = ViTConfig(img_size=16, patch_size=8, depth=1, width=16, mlp_width=32, he
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
     """An export with random weights."""
-    folder = tmp_path / "export"
+    return save(tmp_path / "export", MODEL)
+
+
+def save(folder: Path, model: ViTConfig) -> Path:
     folder.mkdir()
-    save_file(VisionTransformer(MODEL, seed=4).state_dict(), folder / "model.safetensors")
-    described = describe(MODEL, ["a", "b", "c"], Preprocess(16, 0.9, std=(0.2, 0.3, 0.4)))
+    save_file(VisionTransformer(model, seed=4).state_dict(), folder / "model.safetensors")
+    described = describe(model, ["a", "b", "c"], Preprocess(16, 0.9, std=(0.2, 0.3, 0.4)))
     (folder / "config.json").write_text(json.dumps({"format": 1, **described, "origin": {"step": 5}}))
     return folder
 
@@ -87,6 +92,34 @@ def test_weights_that_do_not_fit_are_named(export: Path) -> None:
     save_file(weights, export / "model.safetensors")
     with pytest.raises(UserError, match=r"norm\.bias"):
         load(export)
+
+
+def test_weights_that_are_no_numbers_are_refused_where_they_are_read(export: Path) -> None:
+    weights = load_file(export / "model.safetensors")
+    weights["norm.bias"][3] = torch.inf
+    save_file(weights, export / "model.safetensors")
+    trained = open_trained(str(export), "x")
+    with pytest.raises(UserError, match=r"^x: got .*norm\.bias with values that are not finite"):
+        trained.load()
+    assert trained.open().read("norm.weight").isfinite().all()
+    with pytest.raises(UserError, match="not finite"):
+        trained.open().read("norm.bias")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "timm", "hf"])
+def test_an_export_is_what_it_was(tmp_path: Path, form: str) -> None:
+    """Its file of weights stands for the folder, and a change of it is seen."""
+    model = replace(MODEL, heads=4)  # which weights do not tell
+    save(tmp_path / "plain", model)
+    write(str(tmp_path / "plain"), str(tmp_path / "out"), [form])
+    file = tmp_path / "out" / "model.safetensors"
+    assert open_trained(str(file), "x").model.heads == 4
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    for place in (tmp_path / "out", file):
+        with pytest.raises(UserError, match=r"^x: got .*, whose model.safetensors is not what was exported"):
+            open_trained(str(place), "x")
 
 
 def test_a_pickle_is_never_opened(export: Path, tmp_path: Path) -> None:
