@@ -90,7 +90,7 @@ def of_arrays(values_ND: np.ndarray, labels: np.ndarray, keys: np.ndarray | None
 
 def identity(network: Network, preprocess: Preprocess, store: Store, dtype: str = "float32") -> dict[str, Any]:
     """What the features depend on: a digest of the weights by name, preprocessing, samples, and dtype."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()  # which processors have instructions for
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
