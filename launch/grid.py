@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,10 +12,12 @@ from typing import Any, ClassVar
 
 import yaml
 
+from vitscale.data_prep.manifest import read_dataset
 from vitscale.data_prep.publish import publish_text
 from vitscale.errors import UserError
 from vitscale.launch.chain_stages import Job, Kind, read_by, run_complete
 from vitscale.launch.chain_training import EvaluateKind
+from vitscale.launch.grid_checks import check_split, check_unseen, check_values, same_images, same_path
 from vitscale.launch.grid_table import place, result_line, result_of, row_of, table_of
 from vitscale.launch.recipes import RECIPES
 from vitscale.launch.slurm import SlurmConfig
@@ -28,7 +29,8 @@ from vitscale.pipeline.recipe import load_recipe
 RUNS, TABLE, FINAL, TEST, RESULTS = "runs", "table", "final", "test", "results"  # the jobs of a grid
 FILE = "results.json"
 MOST = 10_000  # runs; a Slurm array has at most 1,001 tasks unless the cluster was set up for more
-WHOLE = {"data.dev": "''", "data.val": "''", "eval.suites": "''"}  # of the final run: all of data.train, nothing else
+# of the final run: all of data.train, and nothing to evaluate on
+WHOLE = dict.fromkeys(("data.dev", "data.val", "eval.suites", "eval.suites_data", "eval.suites_train"), "''")
 
 
 @dataclass(frozen=True)
@@ -100,22 +102,31 @@ class GridKind(Kind):
     def check(self, stage: str, slurm: SlurmConfig) -> None:
         require(bool(self.folder), "run.dir", "nothing", "a folder for all runs", "Add run.dir=PATH.")
         require("://" not in self.folder, "run.dir", self.folder, "a folder that all nodes see", "Choose a path.")
-        require(bool(self.config().data.mixture), "data.train", "nothing", "a folder", "Add data.train=PATH.")
+        configs = {run.folder: self.config(run) for run in self.runs}
+        there = all(config.data.mixture for config in configs.values())
+        require(there, "data.train", "nothing", "a folder", "Add data.train=PATH.")
+        check_split(list(configs.values()), self.test)
+        check_values(self.settings, configs, list(self.runs[0].settings))
+        if self.test:
+            check_unseen(self.test, list(configs.values()), same_path)
+        self._check_open()
         for run in self.runs:
-            self._check_split(self.config(run))
             self.prepare_run(run, [f"slurm.gpus_per_node={slurm.gpus_per_node}"])
 
-    def _check_split(self, config: Config) -> None:
-        """Raise `UserError` unless there is something to choose by, which is not what the choice is tested on."""
-        dev, val, patience = config.data.dev, config.data.val, config.eval.patience
-        require(bool(dev or val) or len(self.runs) == 1, "data.dev", "nothing, nor data.val",
-                "images to choose the best run by", "Add data.dev=2%, which holds them out of data.train.")  # fmt: skip
-        seen = bool(self.test) and not dev and bool(val) and os.path.realpath(val) == os.path.realpath(self.test)
-        require(not seen, "--test", f"{self.test}, which is data.val", "images that nothing was chosen by",
-                "Leave data.val out, and add data.dev=2%.")  # fmt: skip
-        require(not (self.test and dev and patience), "eval.patience", f"{patience} with --test",
-                "0: a run on the whole of data.train has nothing to stop by",
-                "Vary train.duration instead.")  # fmt: skip
+    def _check_open(self) -> None:
+        """Raise `UserError` for another test set than this grid was tested on, and for other runs than a final run was
+        chosen from."""
+        files = list(Path(self.folder).glob(f"*/evaluations/{TEST}.json"))
+        for dataset in (told["dataset"] for told in map(_read, files) if "dataset" in told):
+            require(_fingerprint(self.test) in (dataset["fingerprint"], None), "--test", self.test or "nothing",
+                    f"{dataset['path']}, which this grid was tested on, once",
+                    "Give that, or choose another run.dir.")  # fmt: skip
+        final = Path(self.folder, FINAL)
+        chosen = {Path(row["run"]).name for row in _read(Path(self.folder, FILE)).get("runs", [])}
+        if chosen and (files or final.exists()):
+            other = ", ".join(sorted(chosen ^ {Path(run.folder).name for run in self.runs}))
+            remedy = "Choose another run.dir" + ("." if files else f", or remove {final}.")
+            require(not other, "--grid", f"other runs ({other}) than the test was prepared with", "the same", remedy)
 
     def check_data(self, ranks: int) -> None:
         """Plan every run on its data, for so many ranks. Raises `UserError` for what can be known to fail."""
@@ -127,6 +138,8 @@ class GridKind(Kind):
             train = plan(self.config(run), ranks).train
             if test:
                 check_classes("--test", test.classes, "data.train", train.classes)
+        if test:
+            check_unseen(self.test, [self.config(run) for run in self.runs], same_images)
 
     def prepare_run(self, run: Run, slurm_words: list[str]) -> Submission:
         """What would be submitted for a run by itself. Raises `UserError` for what it cannot be."""
@@ -137,7 +150,7 @@ class GridKind(Kind):
         return "finetune" if self.config(run).init_from else "pretrain"
 
     def inputs(self) -> Iterator[tuple[str, str]]:
-        yield from read_by(self.config())
+        yield from dict.fromkeys(pair for run in self.runs for pair in read_by(self.config(run)))
         yield from [("test", self.test)] if self.test else []
 
     def outputs(self) -> list[str]:
@@ -165,12 +178,9 @@ class GridKind(Kind):
         return what == TEST and bool(self.tested())
 
     def complete(self, logs: Path, stage: str) -> bool:
-        try:
-            results = json.loads(Path(self.folder, FILE).read_text())
-            told = {row["run"] for row in results["runs"] if row["state"] == "finished"}
-            tested = results.get("test", {}).get("dataset", "")
-        except (OSError, ValueError, KeyError):
-            return False
+        results = _read(Path(self.folder, FILE))
+        told = {row["run"] for row in results.get("runs", []) if row["state"] == "finished"}
+        tested = results.get("test", {}).get("dataset", "")
         return told == {run.folder for run in self.runs} and tested == self.test and not self.missing()
 
     def words(self, what: str, task: int) -> list[str]:
@@ -251,8 +261,20 @@ def _values(word: str) -> tuple[str, list[str]]:
     sound = bool(key) and isinstance(values, list) and bool(values)
     require(sound, "--grid", repr(word), "SETTING=[VALUE, …]", "Quote it for the shell.")
     require(key != "run.dir", "--grid", word, "settings of training", "run.dir is the folder of all runs.")
-    alike = key not in ("data.dev", "data.val")
-    require(alike, "--grid", word, "settings of training", "The runs are compared on the same images.")
-    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
-    require(len(set(texts)) == len(texts), "--grid", word, "values that differ", "Take one out.")
-    return key, texts
+    return key, [value if isinstance(value, str) else json.dumps(value) for value in values]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """JSON of a file of results; nothing where it is not there, or damaged."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _fingerprint(dataset: str) -> str | None:
+    """That of a dataset, empty for none; None as long as it is not there."""
+    try:
+        return read_dataset(dataset, "--test", check_files=False).fingerprint if dataset else ""
+    except UserError:
+        return None

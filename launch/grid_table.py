@@ -11,7 +11,10 @@ from vitscale.pipeline.config import Config
 from vitscale.pipeline.evaluation.tables import Table
 
 SCORES = ("ema_map", "map", "ema_top1", "top1")  # the first that was measured counts: the average is what is used after
-MEASURED = ("val_top1", "val_ema_top1", "val_map", "val_ema_map", "val_loss", "train_loss")
+SPLITS = ("dev", "val")  # what they were measured on: data.dev, or data.val
+MEASURED = (
+    *(f"{split}_{key}" for split in SPLITS for key in ("top1", "ema_top1", "map", "ema_map", "loss")), "train_loss",
+)  # fmt: skip
 
 
 def row_of(settings: dict[str, str], config: Config) -> dict[str, Any]:
@@ -26,12 +29,14 @@ def row_of(settings: dict[str, str], config: Config) -> dict[str, Any]:
     row |= {"state": status.state, "step": status.step, "train_loss": status.train.get("loss")}
     if run_complete(config):
         row["state"] = "finished"
-    return row | {f"val_{key}": value for key, value in status.evaluation.items() if key in ("loss", *SCORES)}
+    split = "dev" if config.data.dev else "val"
+    return row | {f"{split}_{key}": value for key, value in status.evaluation.items() if key in ("loss", *SCORES)}
 
 
 def place(row: dict[str, Any]) -> tuple[Any, ...]:
     """What rows are sorted by: finished ones first, by their score, or without one by their loss."""
-    score = next((row[f"val_{key}"] for key in SCORES if row.get(f"val_{key}") is not None), None)
+    scores = (row.get(f"{split}_{key}") for split in SPLITS for key in SCORES)
+    score = next((score for score in scores if score is not None), None)
     loss = row.get("train_loss")
     loss = math.inf if loss is None or math.isnan(loss) else loss
     return row["state"] != "finished", math.inf if score is None else -score, loss if score is None else 0.0

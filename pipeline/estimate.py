@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vitscale.errors import UserError
 from vitscale.model.build import build_network
 from vitscale.model.config import ArchitectureConfig, in_pixels
+from vitscale.model.flops import forward_macs
 from vitscale.pipeline.activations import ROWS, Batch, bytes_an_image, taken
 from vitscale.pipeline.config import Config, FinetuneConfig
 from vitscale.pipeline.console import count
@@ -31,7 +32,7 @@ from vitscale.pipeline.finetune import check_trained, choose_trained, image_flop
 from vitscale.pipeline.micro_batch import RESERVE, around_frozen, bucket_bytes
 from vitscale.pipeline.objectives.supervised import Supervised
 from vitscale.pipeline.placement import Placement, place
-from vitscale.pipeline.schedule import parse_duration
+from vitscale.pipeline.planner import durations, peaks
 from vitscale.pipeline.timing import DTYPES
 
 # TFLOP/s of a large matrix product on an H200: in 16 bits as measured with random data; in TF32 half of that, as its
@@ -58,7 +59,8 @@ class Form:
 class Estimate:
     """A recipe on `ranks` GPUs. Bytes are of each GPU, but for `checkpoint`; `an_image` is one of a micro batch.
 
-    `micro_batch` is 0 where not even one image fits. `flop` is of the whole training, without what recomputation adds.
+    `micro_batch` is 0 where not even one image fits. `flop` is of the whole training, and `again` what
+    recomputation adds.
     """
 
     model: ArchitectureConfig
@@ -77,6 +79,7 @@ class Estimate:
     memory: float
     checkpoint: float
     flop: float
+    again: float
     peak: float
     placement: Placement
 
@@ -115,12 +118,12 @@ def estimate(config: Config, ranks: int, images: int, classes: int, memory: floa
     if batch > images:
         raise UserError("train.global_batch", batch, f"at most the {images:,} training images", "Lower it.")
     model = config.model.resolve(classes)
-    lengths = {"samples": images, "global_batch": batch}
-    steps = parse_duration(config.train.duration, "train.duration", **lengths)
-    warmup = parse_duration(config.schedule.warmup, "schedule.warmup", **lengths, total=steps)
-    if steps < 1 or warmup > steps:
-        got = f"{config.train.duration}, {count(steps, 'step')} of which {warmup:,} warm up"
-        raise UserError("train.duration", got, "at least one step, and the warm-up's", "Make it longer.")
+    steps, within = durations(config, images)
+    warmup = within("schedule.warmup", config.schedule.warmup)
+    cooldown = within("schedule.cooldown", config.schedule.cooldown)
+    if not peaks(steps, warmup, cooldown):
+        got = f"{config.train.duration}, {count(steps, 'step')} with {warmup:,} of warm-up, {cooldown:,} of cool-down"
+        raise UserError("train.duration", got, "steps for both", "Make it longer.")
     engine = config.engine
     check_trained(config, model)
     form = Form(
@@ -155,6 +158,7 @@ def estimate(config: Config, ranks: int, images: int, classes: int, memory: floa
         memory=memory,
         checkpoint=4.0 * (parameters + states.kept * (parameters - states.frozen)),
         flop=float(image_flops(model, config.finetune)) * steps * batch,
+        again=recomputed_flops(form) * steps * batch,
         peak=peak or PEAKS["16 bits" if engine.dtype != "fp32" else "tf32" if engine.tf32 else "fp32"],
         placement=placement,
     )
@@ -168,6 +172,20 @@ def objective(form: Form, blocks: int) -> Supervised:
         choose_trained(network, form.finetune)
     network.recompute, network.recompute_every = form.recompute, form.recompute_every
     return Supervised(network, Preprocess(model.img_size, 1.0), loss=form.loss)
+
+
+def recomputed_flops(form: Form) -> float:
+    """Floating-point operations of what is computed again for an image: a forward pass, by the share of its blocks.
+
+    Blocks that no gradient goes through are not computed again, and `selective` keeps the results of matrix products.
+    At most: uncompiled, what nothing backward needs is left out, such as the last product of a block without a layer
+    scale.
+    """
+    if form.recompute != "blocks":
+        return 0.0
+    depth, frozen = form.model.depth, form.finetune.freeze
+    again = sum(frozen != "all" and number >= frozen for number in range(0, depth, form.recompute_every))
+    return 2.0 * forward_macs(form.model) * again / depth
 
 
 @lru_cache(maxsize=64)
@@ -224,9 +242,10 @@ def lines(found: Estimate, mfu: float) -> Iterator[str]:
     yield f"placement   {found.placement.why}"
     yield f"checkpoint  {_gb(found.checkpoint)}"
     yield f"arithmetic  {found.flop:.3g} FLOP"
-    hours = found.flop / (found.peak * 1e12 * mfu) / 3600
+    hours = (found.flop + found.again) / (found.peak * 1e12 * mfu) / 3600
     took = f"{hours / found.ranks:,.1f} hours on {gpus}"
     share = f"{mfu:.0%} of {found.peak:g} TFLOP/s"
+    share += f", with {found.again:.3g} FLOP of recomputation" if found.again else ""
     yield f"time        an estimate, not measured: {hours:,.1f} GPU-hours, {took}, at {share}"
     if not found.fits:
         yield f"does not fit: {_remedy(found)}"

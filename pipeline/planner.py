@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vitscale.data_prep.manifest import DATASET_FILE
 from vitscale.errors import UserError
 from vitscale.model.config import ArchitectureConfig, ViTConfig, from_dict
 from vitscale.pipeline import checkpoint
@@ -19,7 +21,7 @@ from vitscale.pipeline.data.store import CacheSettings, Store, check_classes, ch
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.evaluation import during
 from vitscale.pipeline.finetune import check_finetune, check_source, open_source
-from vitscale.pipeline.mirror import shown, working_folder
+from vitscale.pipeline.mirror import names, shown, working_folder
 from vitscale.pipeline.objectives.supervised import check_loss
 from vitscale.pipeline.schedule import parse_duration
 from vitscale.pipeline.wandb_run import require_wandb
@@ -82,6 +84,8 @@ def plan(config: Config, world_size: int, check_files: bool = True, force: bool 
     for setting, value in (("run.dir", config.run.dir), ("data.train", config.data.mixture)):
         if not value:
             raise UserError(setting, "nothing", "a folder", f"Add {setting}=PATH to the command.")
+    if DATASET_FILE in names(working_folder(config.run.dir)):
+        raise UserError("run.dir", f"{config.run.dir}, a dataset", "a folder of its own", "Choose another.")
     weights = [weight for _, weight in config.data.mixture]
     train, val = open_data(config, check_files)
     batch = config.train.global_batch
@@ -103,14 +107,7 @@ def plan(config: Config, world_size: int, check_files: bool = True, force: bool 
     except ValueError as error:
         raise UserError("data.train", error, "at least one sample of each in a batch", "Raise its weight.") from error
     model = config.model.resolve(len(train.classes))
-    lengths = {"samples": len(train), "global_batch": batch}
-    steps = parse_duration(config.train.duration, "train.duration", **lengths)
-    if steps < 1:
-        raise UserError("train.duration", repr(config.train.duration), "at least one step", "Make it longer.")
-
-    def within(setting: str, text: str) -> int:
-        return parse_duration(text, setting, **lengths, total=steps)
-
+    steps, within = durations(config, len(train))
     fingerprint = train.fingerprint
     if len(weights) > 1:
         fingerprint = hashlib.sha256(f"{fingerprint} {weights}".encode()).hexdigest()
@@ -151,6 +148,23 @@ def plan(config: Config, world_size: int, check_files: bool = True, force: bool 
         ),
         force=force,
     )
+
+
+def durations(config: Config, images: int) -> tuple[int, Callable[[str, str], int]]:
+    """Steps of a run on so many images, and what gives those of another of its settings, by name and text.
+
+    Raises `UserError` for less than a step.
+    """
+    lengths = {"samples": images, "global_batch": config.train.global_batch}
+    steps = parse_duration(config.train.duration, "train.duration", **lengths)
+    if steps < 1:
+        raise UserError("train.duration", repr(config.train.duration), "at least one step", "Make it longer.")
+    return steps, lambda setting, text: parse_duration(text, setting, **lengths, total=steps)
+
+
+def peaks(steps: int, warmup: int, cooldown: int) -> bool:
+    """Whether the rate gets to `optim.lr`, which is that of warm-up's last step and of cool-down's first."""
+    return max(warmup, 1) + max(cooldown, 1) <= steps + 1
 
 
 def check_batch(config: Config, images: int, ranks: int) -> None:

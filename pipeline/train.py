@@ -32,7 +32,7 @@ from vitscale.pipeline.keeping import kept_in_store
 from vitscale.pipeline.metrics import Meter, MetricsLog, Seen, line
 from vitscale.pipeline.mirror import drop, shown
 from vitscale.pipeline.objectives.supervised import Supervised
-from vitscale.pipeline.planner import Plan, find_resume, recipe_hash
+from vitscale.pipeline.planner import Plan, find_resume, peaks, recipe_hash
 from vitscale.pipeline.position import INCIDENTS, Position
 from vitscale.pipeline.profiler import Profiler
 from vitscale.pipeline.recipe import to_yaml
@@ -377,6 +377,9 @@ def announce(plan: Plan, world: World, engine: Engine, resume: Path | None, firs
         f"{world.size} ranks on {world.device.type}, ZeRO-{config.engine.zero_stage}, {config.engine.dtype},"
         f" micro batch {plan.loader.micro_batch} × {engine.accumulation}; {engine.placement.why}"
     )
+    if not peaks(plan.steps, plan.warmup, plan.cooldown):
+        ends = f"{count(plan.warmup, 'step')} of warm-up and {plan.cooldown:,} of cool-down"
+        say(f"warning: {ends} in a run of {plan.steps:,}: the rate never gets to optim.lr")
     if resume:
         say(f"going on from step {first}: {shown(resume)}")
 

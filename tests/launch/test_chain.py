@@ -248,8 +248,8 @@ def test_grid_of_two_runs_the_best_first_and_tested(
     assert json.loads(state.read_text())["dataset"]["samples"] == 1438
     assert {row["settings"]["optim.lr"] for row in rows} == {".0001", "3e-3"}
     assert {row["state"] for row in rows} == {"finished"}
-    assert rows[0]["val_top1"] >= rows[1]["val_top1"]
-    assert (tmp_path / "runs" / "results.md").read_text().startswith("| optim.lr | val top1 | val loss |")
+    assert rows[0]["dev_top1"] >= rows[1]["dev_top1"]
+    assert (tmp_path / "runs" / "results.md").read_text().startswith("| optim.lr | dev top1 | dev loss |")
     assert states(launch, logs) == {"grid": ("complete", "")}
     assert "complete already" in launch(*words).stdout
 

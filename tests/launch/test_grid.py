@@ -20,6 +20,7 @@ from vitscale.errors import UserError
 from vitscale.launch.grid import FINAL, GridKind, run_name
 from vitscale.launch.grid_local import check_here, run_here
 from vitscale.launch.grid_table import place, result_line, table_of
+from vitscale.launch.slurm import SlurmConfig
 from vitscale.pipeline.status import lock_holder
 
 SHORT = (*TINY, "data.workers=0", "eval.every=0", "checkpoint.every=0")
@@ -57,7 +58,7 @@ def test_the_best_settings_are_trained_on_everything_and_tested_once(
     first = (tmp_path / "runs" / "results.json").read_text()
     told = json.loads(first)
     assert [row["settings"]["optim.lr"] for row in told["runs"]] == ["3e-3", "1e-12"]
-    assert told["runs"][0]["val_top1"] > told["runs"][1]["val_top1"] + 0.05
+    assert told["runs"][0]["dev_top1"] > told["runs"][1]["dev_top1"] + 0.05
     runs = tmp_path / "runs"
     assert [samples(runs / name) for name in ("lr=1e-12", "lr=3e-3", "final")] == [1294, 1294, 1438]
     assert told["test"]["run"] == "runs/final"
@@ -68,10 +69,18 @@ def test_the_best_settings_are_trained_on_everything_and_tested_once(
     assert told["test"]["mean_per_class"] == pytest.approx(sum(shares) / 10, abs=1e-12)
     assert list(runs.glob("*/evaluations")) == [runs / "final" / "evaluations"], "no other run was tested"
     assert f"Test: top-1 {found['top1']:.2%}" in done.stdout
-    monkeypatch.chdir(tmp_path)
-    again: list[str] = []
     words = search(trained, digits)
+    files = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
+    said = vitscale(*words, "--grid", "run.seed=[0, 1]")
+    assert said.returncode == 2
+    assert "--grid: got other runs (lr=1e-12, lr=1e-12,seed=0, lr=1e-12,seed=1, lr=3e-3, " in said.stderr
+    monkeypatch.chdir(tmp_path)
     settings = tuple(word for word in words[2:] if "=" in word and "[" not in word)
+    for test in (str(digits.train), ""):
+        with pytest.raises(UserError, match=rf"{digits.test}, which this grid was tested on, once"):
+            GridKind("digits-demo", (RATES[1],), (*settings, "data.train=."), test=test).check("grid", SlurmConfig())
+    assert {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()} == files
+    again: list[str] = []
     assert run_here(GridKind("digits-demo", (RATES[1],), settings, test=str(digits.test)), 1, again.append) == 0
     assert again[:2] == ["runs/lr=1e-12: complete already", "runs/lr=3e-3: complete already"]
     assert again[2].splitlines()[-1] == done.stdout.splitlines()[-1]
@@ -90,9 +99,10 @@ def test_names_and_table() -> None:
     made = table_of([row, {**row, "val_top1": None, "train_loss": 2}])
     assert made.header == ["a", "val top1", "train loss", "step", "state", "run"]
     assert made.rows == [["1", "0.5000", "", "1,000", "finished", "r"], ["1", "", "2.0000", "1,000", "finished", "r"]]
+    assert table_of([{**row, "val_top1": None, "dev_top1": 0.5}]).header[1] == "dev top1"
     test = {"run": "r", "dataset": "d", "images": 1200, "top1": 0.5}
     assert result_line(test) == "Test: top-1 50.00% of r on d (1,200 images)"
-    for word in ("optim.lr", "optim.lr=3", "=[1]", "optim.lr=[1", "run.dir=[a, b]", "data.dev=[1%]", "optim.lr=[1, 1]"):
+    for word in ("optim.lr", "optim.lr=3", "=[1]", "optim.lr=[1", "run.dir=[a, b]"):
         with pytest.raises(UserError, match="--grid"):
             _ = GridKind("digits-demo", (word,), ("run.dir=runs",)).runs
 
@@ -113,6 +123,9 @@ def test_the_best_is_the_finished_one_of_the_highest_score_the_first_of_equals()
     ]  # fmt: skip
     labels = {"state": "finished", "val_map": 0.3, "val_top1": 0.9}
     assert place(labels)[1] == -0.3, "of images with several labels the mean average precision counts"
+    assert place({"state": "finished", "dev_top1": 0.2, "dev_loss": 1.0}) < place(
+        {"state": "finished", "dev_top1": 0.1}
+    )
 
 
 def refused(
@@ -128,11 +141,29 @@ def test_what_cannot_be_is_refused_before_anything_runs(digits: Any, tmp_path: P
     data = (f"data.train={digits.train}", f"run.dir={tmp_path / 'runs'}")
     dev, val, test = "data.dev=10%", f"data.val={digits.test}", str(digits.test)
     refused(data, "data.dev", "Add data.dev=2%")
-    refused((*data, val), "--test", "which is data.val", test=f"{test}/../test")
+    refused((*data, val), "--test", f"../test, with images of data.val ({test})", test=f"{test}/../test")
+    copies = {split: str(copytree(getattr(digits, split), tmp_path / split)) for split in ("train", "test")}
+    for own, setting in (
+        ((*data, dev), "data.train"),
+        ((f"data.train=[{{path: {test}}}, {{path: {copies['train']}}}]", data[1], dev), "data.train"),
+        ((f"data.train={test}", data[1], f"data.val={digits.train}"), "data.val"),
+    ):
+        for path in (str(digits.train), copies["train"]):
+            refused(own, "--test", f"{path}, with images of {setting} (", test=path)
+    suites = ("eval.suites=knn", f"eval.suites_data={copies['test']}")
+    refused((*data, dev, *suites), "--test", "with images of eval.suites_data", test=test)
+    other = f"data.train=[{digits.train}, {test}]"
+    refused((data[1], dev), "--grid", "compared on the same images", vary=(other,))
+    refused(data, "--grid", "compared on the same images", vary=("data.dev=[1%, 2%]",))
+    refused(data, "--grid", "compared on the same images", vary=(f"data.val=[{digits.train}, {test}]",))
+    refused((*data, dev), "--grid", "the same run as", vary=("optim.lr=[.001, 2e-3, 1e-3]",))
+    refused((*data, dev, "optim.lr=.1"), "--grid", "optim.lr beside optim.lr=.1")
+    check_here(GridKind("digits-demo", (other,), (*SHORT, data[1], val)), 1)
     refused((*data, dev, "eval.patience=3"), "eval.patience", "Vary train.duration", test=test)
     refused((*data, dev), "--test", "nowhere", test="nowhere")
     refused((*data, dev), "optim.lrr", "Did you mean 'optim.lr'?", vary=("optim.lrr=[1, 2]",))
-    refused((*data, dev), "train.global_batch", "training images", vary=("train.global_batch=[30, 5000]",))
+    with pytest.raises(UserError, match=r"train.global_batch: got 5000; .* training images"):
+        check_here(GridKind("digits-demo", ("train.global_batch=[30, 5000]",), (*data, dev)), 1)
     refused((*data, dev, "run.dir=s3://bucket/runs"), "run.dir", "s3://")
     refused((data[0], dev), "run.dir", "nothing")
     for name in ("0", "1"):
@@ -184,11 +215,10 @@ def test_another_best_run_does_not_take_the_final_folder(
     assert vitscale(*held, "--grid", "optim.lr=[1e-12]").returncode == 0
     said = vitscale(*held, "--grid", "optim.lr=[1e-12,3e-3]")
     assert said.returncode == 2
-    assert "--test: got" in said.stderr
-    assert "Move it away" in said.stderr
+    assert "--grid: got other runs (lr=3e-3)" in said.stderr
     (tmp_path / "runs" / "final").rename(tmp_path / "before")
     said = vitscale(*held, "--grid", "optim.lr=[1e-12,3e-3]")
-    assert said.stdout.count("complete already") == 2, said.stderr
+    assert said.stdout.count("complete already") == 1, said.stderr
     own = [*SHORT, f"data.train={digits.train}", f"data.val={digits.train}", "run.dir=other", "train.duration=2"]
     words = ("launch", "grid", "digits-demo", "--local", "--grid", "run.seed=[1, 2]", *own, "--test", digits.test)
     assert vitscale(*words).returncode == 0

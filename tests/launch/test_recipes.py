@@ -1,5 +1,6 @@
 """Every shipped recipe on 1 to 512 GPUs: its batches add up, and it fits; and an estimate's numbers against others."""
 
+import itertools
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -8,18 +9,25 @@ from typing import Any
 import pytest
 import torch
 
+from tests.pipeline.runs import TINY
 from vitscale.errors import UserError
 from vitscale.model.build import build_network
 from vitscale.model.config import ViTConfig
 from vitscale.pipeline.activations import Batch, bytes_an_image
 from vitscale.pipeline.data.augment import Preprocess
-from vitscale.pipeline.estimate import Estimate, Form, data_size, estimate, image_bytes
+from vitscale.pipeline.estimate import Estimate, Form, data_size, estimate, image_bytes, lines
 from vitscale.pipeline.metrics import read_metrics
 from vitscale.pipeline.objectives.supervised import Supervised
+from vitscale.pipeline.planner import durations, peaks
 from vitscale.pipeline.recipe import load_recipe
+from vitscale.pipeline.schedule import lr_factor
 
 SHIPPED = Path(__file__).parents[2] / "launch" / "recipes"
-DATA = {"i21k": (14_197_122, 21_843), "i1k": (1_281_167, 1000), "deit3": (1_281_167, 1000)}  # images, classes
+I1K = (1_281_167, 1000)  # images, classes
+DATA = {
+    "i21k": (14_197_122, 21_843), "i1k": I1K, "deit3": I1K, "base": I1K, "flowers": (1020, 102), "pets": (3680, 37),
+    "vtab": (1000, 100),
+}  # fmt: skip
 SMALL = (50_000, 10)
 
 
@@ -30,9 +38,9 @@ def planned(recipe: str, ranks: int, *overrides: str, memory: float = 80e9) -> E
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 def test_every_recipe_comes_out_on_any_number_of_gpus(recipe: str) -> None:
-    memory = float("inf")
+    memory, config = float("inf"), load_recipe(recipe, [], SHIPPED)
+    batch = config.train.global_batch
     for ranks in (1, 8, 64, 512):
-        batch = load_recipe(recipe, [], SHIPPED).train.global_batch
         if batch < ranks:
             with pytest.raises(UserError, match=rf"{batch} for {ranks} GPUs"):
                 planned(recipe, ranks)
@@ -44,6 +52,10 @@ def test_every_recipe_comes_out_on_any_number_of_gpus(recipe: str) -> None:
         assert 0 <= found.warmup < found.steps
         assert found.states <= memory, "more GPUs hold less each"
         memory = found.states
+    _, within = durations(config, planned(recipe, 1).images)
+    for key, every in (("checkpoint.every", config.checkpoint.every), ("eval.every", config.eval.every)):
+        steps = within(key, every)
+        assert not steps or steps >= 90, f"{key} is {steps} steps: either costs the time of several"
 
 
 def test_the_papers_pretraining_in_numbers() -> None:
@@ -74,6 +86,46 @@ def test_what_does_not_fit_is_told() -> None:
     assert planned("vit-h14-i1k-finetune-518", 1).fits, "auto takes what fits"
     assert planned("vit-h14-i1k-finetune-518", 1, "engine.micro_batch=64", "engine.recompute=blocks").fits
     assert planned("vit-h14-i1k-finetune-518", 1, memory=4e9).micro_batch == 0
+
+
+def test_what_is_computed_again_takes_time() -> None:
+    """A forward pass is a third of training; of half of the blocks, or of a head's frozen ones, accordingly less."""
+    share = {
+        ("none",): 0, ("selective",): 0, ("blocks",): 1, ("blocks", "engine.recompute_every=2"): 1 / 2,
+        ("blocks", "finetune.freeze=12"): 1 / 2, ("blocks", "finetune.freeze=all"): 0,
+        ("blocks", "finetune.lora_rank=8"): 1,
+    }  # fmt: skip
+    whole = planned("vit-l16-i1k-finetune-384", 8)
+    for (recompute, *more), part in share.items():
+        found = planned("vit-l16-i1k-finetune-384", 8, f"engine.recompute={recompute}", *more)
+        assert found.again == pytest.approx(part * whole.flop / 3)
+    found = planned("vit-l16-i1k-finetune-384", 8, "engine.recompute=blocks")
+    assert found.flop == whole.flop
+    hours = whole.flop * 4 / 3 / (0.4 * 790e12) / 3600
+    last = list(lines(found, 0.4))[-1]
+    assert f" {hours:,.1f} GPU-hours" in last
+    assert f"at 40% of 790 TFLOP/s, with {whole.flop / 3:.3g} FLOP of recomputation" in last
+
+
+def test_a_rate_that_never_gets_to_its_peak(vitscale: Callable[..., Any], digits: Any) -> None:
+    """A plan refuses it; training says so, and goes on."""
+    assert planned("digits-demo", 1, "train.duration=20", "schedule.warmup=15", "schedule.cooldown=6").warmup == 15
+    for warmup, cooldown in ((21, 0), (15, 7), (0, 21)):
+        own = ("train.duration=20", f"schedule.warmup={warmup}", f"schedule.cooldown={cooldown}")
+        with pytest.raises(UserError, match=f"20 steps with {warmup} of warm-up, {cooldown} of cool-down"):
+            planned("digits-demo", 1, *own)
+    for steps, warmup, cooldown in itertools.product((1, 5), range(8), range(8)):
+        rates = [
+            lr_factor(step, kind="cosine", total=steps, warmup=warmup, cooldown=cooldown, timescale=1)
+            for step in range(steps)
+        ]
+        assert peaks(steps, warmup, cooldown) == (max(rates) == 1)
+    own = ("train.duration=1", "schedule.warmup=2", "eval.every=0", f"data.train={digits.train}", "run.dir=a")
+    said = vitscale("pretrain", "digits-demo", *TINY, *own)
+    assert (
+        "\nwarning: 2 steps of warm-up and 0 of cool-down in a run of 1: the rate never gets to optim.lr\n"
+        in said.stdout
+    )
 
 
 @pytest.mark.parametrize("recompute", ["none", "blocks"])

@@ -70,13 +70,15 @@ TASK = {"name": "a", "group": "g", "train": "x", "test": "x", "recipe": "digits-
         ({"tasks": [{**TASK, "name": "../a"}]}, "TASKS", "a name of a folder"),
         ({"tasks": [{**TASK, "test": "nowhere"}, {**TASK, "name": "b"}]}, "TASKS", "no data of a;"),
         ({"tasks": [{**TASK, "settings": ["optim.lrr=1"]}]}, "optim.lrr", "Did you mean 'optim.lr'?"),
-        ({"tasks": [TASK]}, "--test", "without dataset.json"),
+        ({"tasks": [TASK]}, "--test", "with images of data.train"),
+        ({"tasks": [{**TASK, "test": "y"}]}, "--test", "without dataset.json"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(tree: Any, setting: str, said: str, tmp_path: Path) -> None:
     file = tmp_path / "tasks.yaml"
     file.write_text(yaml.safe_dump(tree))
     (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
     with pytest.raises(UserError) as error:
         run_tasks("init", str(file), str(tmp_path / "out"), [], str(tmp_path), False, 1, print)
     assert error.value.setting == setting

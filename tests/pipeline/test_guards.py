@@ -63,6 +63,12 @@ def test_a_signal_saves_and_asks_for_another_start(digits: Any, tmp_path: Path, 
     assert same_weights(folder, tmp_path / "undisturbed")
 
 
+def test_a_run_is_not_written_into_a_dataset(digits: Any) -> None:
+    data = (f"data.train={digits.train}", f"run.dir={digits.test}")
+    with pytest.raises(UserError, match=r"^run\.dir: got .*, a dataset"):
+        plan(load_recipe("digits-demo", [*data], RECIPES), 1)
+
+
 @pytest.mark.slow
 def test_a_run_that_cannot_recover_stops_and_its_incidents_are_repeated(
     digits: Any, tmp_path: Path, vitscale: Callable[..., Any]
