@@ -14,15 +14,15 @@ from vitscale.launch.stage import run_ranks, stage
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A run, a checkpoint or an export.")],
     dataset: Annotated[str, typer.Argument(help="Folder that `vitscale shard` wrote.")],
-    out: Annotated[str, typer.Option(help="File of results; '' chooses one in the run's folder.")] = "",
+    out: Annotated[str, typer.Option(help="File of results, .json; '' chooses one in the run's folder.")] = "",
     micro_batch: MicroBatch = 64,
     workers: Workers = 1,
     device: Device = "auto",
     weights: Weights = "auto",
     suite: Annotated[
-        str,
+        str | None,
         typer.Option(help="More: knn, fewshot, linear, calibration, real=FILE, corruptions, robustness."),
-    ] = "",
+    ] = None,
     train: Annotated[str, typer.Option(help="Dataset of training features, for knn, fewshot and linear.")] = "",
     class_map: Annotated[
         str,
@@ -44,11 +44,11 @@ def evaluate(
 
     def work(world: Any) -> None:
         settings = LoaderSettings(micro_batch, workers)
-        if suite:
+        if suite is not None:
             suite_results.evaluate(checkpoint, dataset, suite, train, weights, out, settings, world, class_map)
             return
         trained, store = evaluation.check_alike(checkpoint, dataset, weights, class_map)
-        path = Path(out) if out else evaluation.results_path(trained, store)
+        path = evaluation.place_of_results(out, trained, store, world)
         results = evaluation.evaluate(trained, store, settings, world)
         if world.main:
             for note in trained.notes:
@@ -62,14 +62,15 @@ def evaluate(
             say(f"{results['images']:,} images; {evaluation.written(path)}")
 
     def check() -> None:
-        if suite:
-            suite_results.check(checkpoint, dataset, suite, train, weights, class_map)
+        if suite is not None:
+            trained, store, _ = suite_results.check(checkpoint, dataset, suite, train, weights, class_map)
         else:
-            evaluation.check(checkpoint, dataset, weights, class_map)
+            trained, store = evaluation.check(checkpoint, dataset, weights, class_map)
+        evaluation.check_results(out, trained, store)
 
     require_choice("--device", device, DEVICES)
     require_choice("--weights", weights, WEIGHTS)
-    if train and not suite:
+    if train and suite is None:
         raise UserError("--train", train, "nothing without --suite", "Add --suite knn, or leave it out.")
     run_ranks(work, check, nproc, device, "--device")
 
@@ -81,7 +82,7 @@ def compare(
         str, typer.Option(help="Numbers such as top1, calibration/ece or 'knn/*', with commas between.")
     ] = "",
     form: Annotated[str, typer.Option("--format", help="text, markdown, latex or json.")] = "text",
-    plot: Annotated[str, typer.Option(help="Also draw them, with their intervals, as this PNG file.")] = "",
+    plot: Annotated[str, typer.Option(help="Also draw them with their intervals: .png, .svg or .pdf.")] = "",
     debug: Debug = False,
 ) -> None:
     """What evaluations left of several checkpoints, as one table with confidence intervals.
@@ -93,9 +94,10 @@ def compare(
     from vitscale.pipeline.evaluation import compare as comparing
 
     require_choice("--format", form, tuple(comparing.FORMATS))
+    drawn = comparing.check_plot(plot) if plot else None
     found = comparing.compare(runs, metric)
-    if plot:
-        comparing.plot(found, Path(plot))
+    if drawn:
+        comparing.plot(found, drawn)
     say(comparing.FORMATS[form](found))
 
 
@@ -117,9 +119,8 @@ def predict(
     from vitscale.pipeline.config import require_choice
     from vitscale.pipeline.console import progress, say
     from vitscale.pipeline.distributed import use_cuda
-    from vitscale.pipeline.image_files import image_files
     from vitscale.pipeline.inference import Classifier
-    from vitscale.pipeline.prediction import find_files, predict_files
+    from vitscale.pipeline.prediction import find_files, predict_files, print_files
     from vitscale.pipeline.table_files import check_table
     from vitscale.pipeline.weights import open_trained
 
@@ -135,10 +136,7 @@ def predict(
             tally = predict_files(classifier, images, path, top, advance)
         say(f"{tally}; classes in {path}")
         return
-    for file in image_files(files):
-        (prediction,) = classifier.predict([file], top)
-        rows = zip(prediction.classes, prediction.probabilities, strict=True)
-        say(f"{file}: " + "  ".join(f"{name} {probability:.1%}" for name, probability in rows))
+    print_files(classifier, images, top)
 
 
 @stage
@@ -160,18 +158,17 @@ def embed(
     """
     from vitscale.pipeline import embed as embedding
     from vitscale.pipeline.config import require_choice
-    from vitscale.pipeline.table_files import check_table
 
     require_choice("--device", device, DEVICES)
     require_choice("--weights", weights, WEIGHTS)
     require_choice("--dtype", dtype, embedding.DTYPES)
     settings = embedding.Settings(dtype, micro_batch, workers, weights)
-    path = check_table(out, "OUT", (".parquet",))
 
     def work(world: Any) -> None:
-        embedding.embed(checkpoint, source, path, settings, world)
+        embedding.embed(checkpoint, source, Path(out), settings, world)
 
     def check() -> None:
+        embedding.check_place(out)
         embedding.check(checkpoint, source, weights, nproc)
 
     run_ranks(work, check, nproc, device, "--device")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from vitscale.data_prep.manifest import DATASET_FILE, SAMPLES, read_dataset, read_table, samples_name
@@ -19,11 +20,12 @@ from vitscale.pipeline.data.workers import worker_deaths
 from vitscale.pipeline.distributed import World, agree, gather
 from vitscale.pipeline.evaluation.features import Features, features
 from vitscale.pipeline.image_files import count_images
-from vitscale.pipeline.inference import Classifier
+from vitscale.pipeline.inference import Classifier, check_finite
 from vitscale.pipeline.mirror import shown
-from vitscale.pipeline.prediction import Files, Tally, check_finite, find_files, write_rows
-from vitscale.pipeline.table_files import GROUP, write_table
-from vitscale.pipeline.weights import Trained, open_trained, open_trained_alike
+from vitscale.pipeline.out_file import alike
+from vitscale.pipeline.prediction import Files, Tally, find_files, write_rows
+from vitscale.pipeline.table_files import GROUP, check_table, write_table
+from vitscale.pipeline.weights import Trained, check_kind, open_trained, open_trained_alike
 
 DTYPES = ("float32", "float16")
 
@@ -40,12 +42,17 @@ class Settings:
 
 def check(checkpoint: str, source: str, weights: str, nproc: int) -> None:
     """Raise `UserError` for a checkpoint or a source that cannot be read, and for several processes for image files."""
-    open_trained(checkpoint, "CHECKPOINT", weights)
+    check_kind(open_trained(checkpoint, "CHECKPOINT", weights), weights, "--weights")
     if _is_dataset(source):
         Store(source, "SOURCE")
         return
     _check_alone(nproc)
     count_images([source], "SOURCE")
+
+
+def check_place(out: str) -> Path:
+    """The path of the table to write. Raises `UserError` as `check_table`."""
+    return check_table(out, "OUT", (".parquet",))
 
 
 def _check_alone(processes: int) -> None:
@@ -56,7 +63,9 @@ def _check_alone(processes: int) -> None:
 
 def embed(checkpoint: str, source: str, out: Path, settings: Settings, world: World) -> None:
     """Write the features of a source to `out` on all ranks together, and say what they are."""
+    alike(lambda: check_place(str(out)), world)
     trained = open_trained_alike(checkpoint, "CHECKPOINT", settings.weights)
+    check_kind(trained, settings.weights, "--weights")
     if world.main:
         for note in trained.notes:
             say(note)
@@ -121,7 +130,7 @@ def _lists(values_BD: np.ndarray, dtype: str) -> pa.FixedSizeListArray:
     """Features as a column of lists of one length. Raises `UserError` for those that are not finite."""
     with np.errstate(over="ignore"):
         values_BD = values_BD.astype(dtype)
-    check_finite(values_BD, f"features that are not finite as {dtype}")
+    check_finite(torch.from_numpy(values_BD), f"features that are not finite as {dtype}")
     return pa.FixedSizeListArray.from_arrays(pa.array(values_BD.ravel()), values_BD.shape[1])
 
 

@@ -21,7 +21,7 @@ from vitscale.pipeline.config import Config, FinetuneConfig
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.engine import Weights
 from vitscale.pipeline.optim import layers_of
-from vitscale.pipeline.weights import Trained, open_trained
+from vitscale.pipeline.weights import Trained, check_kind, open_trained
 
 # settings of a network that may differ from the trained one's: the weights are adapted, or do not depend on them
 ADAPTED = {
@@ -41,10 +41,7 @@ def open_source(config: Config, find: Callable[..., Trained] = open_trained) -> 
     """
     wanted = config.finetune.weights
     trained = find(config.init_from, "init_from", wanted)
-    found = trained.origin.get("weights")
-    if wanted not in ("auto", found):
-        got = f"{wanted} for {config.init_from}, where there are {found or 'no two kinds of'} weights"
-        raise UserError("finetune.weights", got, f"a run, or an export of its {wanted} weights", "Leave it out.")
+    check_kind(trained, wanted, "finetune.weights")
     return trained
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,13 +35,18 @@ class Classifier:
         self.network = trained.load().to(self.device)
 
     def probabilities(self, images: Sequence[Pixels]) -> torch.Tensor:
-        """Class probabilities (B, K) of decoded images, uint8 arrays (Y, X, 3) of any size."""
+        """Class probabilities (B, K) of decoded images, uint8 arrays (Y, X, 3) of any size.
+
+        Raises `UserError` for those that are not finite, as do all that follow.
+        """
         return self.probabilities_of(self._views(images))
 
     @torch.inference_mode()
     def probabilities_of(self, pixels: torch.Tensor) -> torch.Tensor:
         """Class probabilities (B, K), on the CPU, of model input, uint8 (B, Y, X, 3)."""
-        return self.network(normalise(pixels.to(self.device), self.preprocess)).softmax(dim=1).cpu()
+        found_BK = self.network(normalise(pixels.to(self.device), self.preprocess)).softmax(dim=1).cpu()
+        check_finite(found_BK, "probabilities that are not finite")
+        return found_BK
 
     @torch.inference_mode()
     def features_of(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -48,24 +54,25 @@ class Classifier:
         images_BCYX = normalise(pixels.to(self.device), self.preprocess)
         return self.network.representation(self.network.forward_features(images_BCYX)).float().cpu()
 
-    def predict(self, files: Iterable[str | Path], top: int = 5) -> list[Prediction]:
-        """The `top` classes of each image file. Raises `UserError` naming a file that is missing or no image."""
+    def predict(self, files: str | Path | Iterable[str | Path], top: int = 5) -> list[Prediction]:
+        """The `top` classes of each image file, or of one. Raises `UserError` naming what is missing or no image."""
         predictions = []
-        for file in files:
+        for file in _paths(files):
             values, labels = self.probabilities([_read(file)])[0].topk(min(top, len(self.classes)))
             predictions.append(Prediction([self.classes[label] for label in labels.tolist()], values.tolist()))
         return predictions
 
-    def embed(self, files: Iterable[str | Path]) -> torch.Tensor:
-        """Features (B, D) of image files, float32: what the classifier sees of each.
+    def embed(self, files: str | Path | Iterable[str | Path]) -> torch.Tensor:
+        """Features (B, D) of image files, or of one, float32: what the classifier sees of each.
 
         Raises `UserError` naming a file that is missing or no image.
         """
-        names = list(files)
+        names = _paths(files)
         features_BD = torch.empty(len(names), self.width())
         for first in range(0, len(names), TOGETHER):
             some = [_read(file) for file in names[first : first + TOGETHER]]
             features_BD[first : first + TOGETHER] = self.features_of(self._views(some))
+        check_finite(features_BD, "features that are not finite")
         return features_BD
 
     def width(self) -> int:
@@ -79,6 +86,22 @@ class Classifier:
 def load(path: str | Path, device: torch.device | str = "cpu") -> Classifier:
     """The classifier in an export, a checkpoint or a run's folder. Raises `UserError` if there is none."""
     return Classifier(open_trained(str(path), "path"), device)
+
+
+def check_finite(values: torch.Tensor, got: str) -> None:
+    """Raise `UserError` for a network whose values are not finite."""
+    if not values.isfinite().all():
+        raise UserError("CHECKPOINT", got, "finite ones", "Use another checkpoint of the run.")
+
+
+def _paths(files: Any) -> list[str | Path]:
+    """A path, or some of them, as a list. Raises `UserError` for what is none."""
+    several = isinstance(files, Iterable) and not isinstance(files, str | bytes | Path)
+    names: list[Any] = list(files) if several else [files]
+    for name in names:
+        if not isinstance(name, str | Path):
+            raise UserError("FILES", f"{type(name).__name__} {name!r}"[:80], "paths of image files", "Pass a path.")
+    return names
 
 
 def _read(file: str | Path) -> Pixels:

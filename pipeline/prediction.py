@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import UserError
-from vitscale.pipeline.console import Advance
+from vitscale.pipeline.console import Advance, count, say
 from vitscale.pipeline.data.augment import Preprocess
 from vitscale.pipeline.image_files import FileBatch, count_images, file_batches, image_files, printable
 from vitscale.pipeline.inference import Classifier
@@ -22,9 +22,13 @@ Columns = Callable[[Tensor], list[pa.Array]]
 
 @dataclass(frozen=True)
 class Files:
-    """So many image files and those in folders, and how they are read: `size` at a time. `find_files` makes one."""
+    """So many image files and those in folders, named by `setting`, and how they are read: `size` at a time.
+
+    `find_files` makes one.
+    """
 
     places: Sequence[str]
+    setting: str
     count: int
     preprocess: Preprocess
     size: int
@@ -47,14 +51,14 @@ class Tally:
 
 def find_files(places: Sequence[str], setting: str, preprocess: Preprocess, size: int, workers: int) -> Files:
     """The image files of `places`. Raises `UserError` (`setting`) for those that are not there, or without images."""
-    return Files(places, count_images(places, setting), preprocess, size, workers)
+    return Files(places, setting, count_images(places, setting), preprocess, size, workers)
 
 
 def predict_files(classifier: Classifier, files: Files, out: Path, top: int, advance: Advance) -> Tally:
     """Write the `top` classes of image files to a table: `file`, `class_1`, `probability_1`, `class_2`, …, `error`.
 
     Of a file that cannot be read, `error` says why, and the others are null. Raises `UserError` for probabilities that
-    are not finite, and if `out` cannot be written.
+    are not finite, if `out` cannot be written, and, when it is, if no file could be read.
     """
     top = min(top, len(classifier.classes))
     names = pa.array(classifier.classes, pa.string())
@@ -63,7 +67,6 @@ def predict_files(classifier: Classifier, files: Files, out: Path, top: int, adv
 
     def columns(pixels: Tensor) -> list[pa.Array]:
         found_BK = classifier.probabilities_of(pixels)
-        check_finite(found_BK.numpy(), "probabilities that are not finite")
         values, labels = (each.T.numpy() for each in found_BK.topk(top, dim=1))
         pairs = zip(labels, values, strict=True)
         return [column for label, value in pairs for column in (names.take(pa.array(label)), pa.array(value))]
@@ -71,16 +74,32 @@ def predict_files(classifier: Classifier, files: Files, out: Path, top: int, adv
     return write_rows(files, out, "--out", fields, columns, advance)
 
 
-def check_finite(values: np.ndarray, got: str) -> None:
-    """Raise `UserError` for a network whose values are not finite."""
-    if not np.isfinite(values).all():
-        raise UserError("CHECKPOINT", got, "finite ones", "Use another checkpoint of the run.")
+def print_files(classifier: Classifier, files: Files, top: int) -> None:
+    """Say the `top` classes of each image file. Raises `UserError` in the end, naming the files that have none."""
+    bad: list[str] = []
+    for file in image_files(files.places):
+        try:
+            (found,) = classifier.predict([file], top)
+        except UserError as error:
+            if error.setting != "FILES":
+                raise
+            bad.append(str(error.got))
+            continue
+        told = "  ".join(f"{name} {share:.1%}" for name, share in zip(found.classes, found.probabilities, strict=True))
+        say(f"{printable(file)}: {told}")
+    if bad:
+        got = bad[0] if files.count == 1 else f"{len(bad):,} of {files.count:,} files that are none: {'; '.join(bad)}"
+        remedy = "Leave them out, or add --out for a table with a column `error`."
+        raise UserError(files.setting, got, "image files", remedy)
 
 
 def write_rows(
     files: Files, out: Path, setting: str, fields: list[tuple[str, pa.DataType]], columns: Columns, advance: Advance
 ) -> Tally:
-    """Write a row for each file: `file`, `fields`, which `columns` finds of pixels (B, Y, X, 3), and `error`."""
+    """Write a row for each file: `file`, `fields`, which `columns` finds of pixels (B, Y, X, 3), and `error`.
+
+    Raises `UserError` as `predict_files`.
+    """
     tally, begun = Tally(), time.perf_counter()
     schema = pa.schema([("file", pa.string()), *fields, ("error", pa.string())])
 
@@ -93,6 +112,9 @@ def write_rows(
 
     write_table(out, setting, schema, batches())
     tally.seconds = time.perf_counter() - begun
+    if tally.files == tally.unread:
+        remedy = f"See the column `error` of {out}."
+        raise UserError(files.setting, f"{count(tally.files, 'file')}, none of which could be read", "images", remedy)
     return tally
 
 

@@ -11,18 +11,26 @@ import pyarrow.parquet as pq
 
 from vitscale.data_prep.publish import publish
 from vitscale.errors import UserError
+from vitscale.pipeline.out_file import check_out
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 GROUP = 8_192  # rows of a row group
+BEGINNINGS = {".csv": b"file,", ".jsonl": b'{"file": '}  # of what `predict` writes
+FIRST = (["file"], ["key"])  # column of what `predict` and `embed` write
 
 
 def check_table(path: str, setting: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
-    """The path of a table to write. Raises `UserError` for another kind of file, and for URLs."""
-    if Path(path).suffix not in suffixes:
-        raise UserError(setting, path, f"a file that ends in {' or '.join(suffixes)}", "Give it another name.")
-    if "://" in path or Path(path).is_dir():
-        raise UserError(setting, path, "a file of this machine", "Choose another place.")
-    return Path(path)
+    """The path of a table to write. Raises `UserError` as `check_out` does, also for a file that is no such table."""
+    return check_out(path, setting, suffixes, _is_ours)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file begins as a table of ours. Raises OSError or ValueError for one that is damaged."""
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return pq.read_schema(path).names[:1] in FIRST
+    with open(path, "rb") as file:
+        return file.read(16).startswith(BEGINNINGS[kind])
 
 
 def write_table(path: Path, setting: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
@@ -30,13 +38,13 @@ def write_table(path: Path, setting: str, schema: pa.Schema, batches: Iterable[p
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with publish(path) as file:
-            if path.suffix == ".parquet":
+            if path.suffix.lower() == ".parquet":
                 with pq.ParquetWriter(file, schema) as writer:
                     for table in _groups(batches):
                         writer.write_table(table)
                 return
             text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-            if path.suffix == ".csv":
+            if path.suffix.lower() == ".csv":
                 rows = csv.writer(text)
                 rows.writerow(schema.names)
                 rows.writerows(row.values() for batch in batches for row in batch.to_pylist())

@@ -209,7 +209,7 @@ class _Views(Dataset):
             return self.view(sample.data, epoch, sample.key)
         except ImageRejected as reason:
             where = f"{sample.key} in {sample.shard}: {reason}"
-            remedy = "Run `vitscale verify` on the dataset, or go on without such images: data.on_error=skip."
+            remedy = "Run `vitscale verify` on the dataset and shard it again, or train without: data.on_error=skip."
             raise UserError("data", where, "an image", remedy) from reason
 
 

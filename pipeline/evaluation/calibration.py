@@ -134,7 +134,7 @@ def read_real(path: str, dataset: str, classes: Sequence[str]) -> dict[int, set[
     The file is JSON: a list of lists, of which number i is of the image whose name in the source ends with i + 1 in
     eight digits (`ILSVRC2012_val_00000001.JPEG` has the first one), or an object from keys of samples or names in the
     source (whole, or the last part of a path) to lists. Labels are numbers of classes, or their names. Raises
-    `UserError` for anything else.
+    `UserError` for anything else, and for labels of none of the samples.
     """
     try:
         told = json.loads(Path(path).read_text())
@@ -160,6 +160,8 @@ def read_real(path: str, dataset: str, classes: Sequence[str]) -> dict[int, set[
         those = next((by_name[each] for each in keys if each in by_name), None)
         if those is not None:
             found[key_number(key)] = those
+    if not any(found.values()):
+        raise UserError("--suite", f"real={path}: labels of none of the images", "labels of some", REMEDY)
     return found
 
 

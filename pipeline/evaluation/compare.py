@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,17 +15,22 @@ import pyarrow as pa
 from vitscale.data_prep.publish import publish
 from vitscale.errors import UserError
 from vitscale.pipeline.evaluation.bootstrap import Interval
+from vitscale.pipeline.evaluation.class_map import SUBSET
 from vitscale.pipeline.evaluation.rows import NAME, read_rows
 from vitscale.pipeline.evaluation.suite_results import DETAIL
 from vitscale.pipeline.evaluation.suites import ON_FEATURES
 from vitscale.pipeline.evaluation.tables import Table, latex, markdown, text
 from vitscale.pipeline.mirror import reading_folder
+from vitscale.pipeline.out_file import check_out
 
 HEADLINES = (
     "accuracy/top1", "accuracy/top5", "accuracy/map", "real/real_top1", "knn/k20_top1", "fewshot/10shot",
     "linear/sgd_top1", "linear/lbfgs_top1", "calibration/ece", "corruptions/mean_error", "corruptions/mce",
 )  # fmt: skip
 PANELS = 4  # of a figure, side by side
+PICTURES = (".png", ".svg", ".pdf")
+WIDTH = 120  # columns of text where there is no terminal
+MOST_COMMANDS = 3  # that are told of what was not measured
 STEP = re.compile(r"(.*?)/?checkpoints/(step-0*(\d+))")
 ALONE = (
     "Intervals are of 95%, of each number by itself. They do not say whether one checkpoint is better than another on "
@@ -41,11 +47,12 @@ class Subject(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A number, as of a dataset, whatever the path by which it was read."""
+    """A number, as of a dataset, whatever the path by which it was read, and with the classes mapped so or not."""
 
     dataset: str
     suite: str
     name: str
+    class_map: str
 
     @property
     def path(self) -> str:
@@ -74,7 +81,7 @@ class Comparison:
 
     @property
     def header(self) -> list[str]:
-        """Names of the columns, with that of the dataset where there are several."""
+        """Names of the columns, with that of the dataset and of the class map where there are several."""
         names = {dataset: Path(self.paths[dataset]).name for dataset in {column.dataset for column in self.columns}}
         told = list(names.values())
         found = []
@@ -82,7 +89,9 @@ class Comparison:
             dataset = names[column.dataset]
             more = f" {column.dataset[:8]}" if told.count(dataset) > 1 else ""
             suite = "" if column.suite == "accuracy" or column.name.startswith(column.suite) else f"{column.suite} "
-            found.append((f"{dataset}{more} " if len(names) > 1 else "") + suite + column.name)
+            maps = {other.class_map for other in self.columns if other[:3] == column[:3]}
+            by = f" {_map(column.class_map)}" if column.class_map and len(maps) > 1 else ""
+            found.append((f"{dataset}{more} " if len(names) > 1 else "") + suite + column.name + by)
         return found
 
     def table(self) -> Table:
@@ -96,13 +105,27 @@ class Comparison:
         datasets = {column.dataset for column in self.columns}
         found = [f"All on {self.paths[each]}." for each in datasets] if len(datasets) == 1 else []
         found += [ALONE] if len(self.subjects) > 1 else []
-        missing = {self._command(subject, column): None for subject in self.subjects for column in self.columns
-                   if (subject, column) not in self.cells}  # fmt: skip
-        return found + [f"Not measured yet: `{command}`" for command in missing]
+        commands = self._missing()
+        found += [f"Not measured yet: `{command}`" for command in commands[:MOST_COMMANDS]]
+        more = len(commands) - MOST_COMMANDS
+        return found + ([f"Not measured yet: more, by {more} other commands."] if more > 0 else [])
 
-    def _command(self, subject: Subject, column: Column) -> str:
+    def _missing(self) -> list[str]:
+        """A command for each subject and dataset, with the suites that were not run."""
+        run = {(subject, column.dataset, column.class_map, column.suite) for subject, column in self.cells}
+        wanted: dict[tuple[Subject, str, str], dict[str, None]] = {}
+        for subject in self.subjects:
+            for dataset, suite, _, class_map in self.columns:
+                if (subject, dataset, class_map, suite) not in run:
+                    wanted.setdefault((subject, dataset, class_map), {})[suite] = None
+        return [self._command(*of, *suites) for of, suites in wanted.items()]
+
+    def _command(self, subject: Subject, dataset: str, class_map: str, *suites: str) -> str:
         place = f"{subject.place}/checkpoints/step-{int(subject.step):08d}" if subject.step else subject.place
-        return _command(place, self.paths[column.dataset], column.suite)
+        kinds = {other.weights for other in self.subjects if other[:2] == subject[:2]}
+        more = f" --weights {subject.weights}" if subject.weights and len(kinds) > 1 else ""
+        more += f" --class-map {class_map if class_map == SUBSET else 'FILE'}" if class_map else ""
+        return _command(place, self.paths[dataset], *suites) + more
 
     def as_json(self) -> str:
         """A list of all numbers there are."""
@@ -113,13 +136,14 @@ class Comparison:
                 if value is not None:
                     numbers = (None if math.isnan(number) else number for number in value)
                     ends = dict(zip(("value", "ci_low", "ci_high"), numbers, strict=True))
-                    of = {"dataset": self.paths[column.dataset], "suite": column.suite, "name": column.name}
+                    of = {"dataset": self.paths[column.dataset], "class_map": column.class_map or None}
+                    of |= {"suite": column.suite, "name": column.name}
                     found.append({"label": label, **subject._asdict(), **of, **ends})
         return json.dumps(found, indent=1)
 
 
 FORMATS: dict[str, Callable[[Comparison], str]] = {
-    "text": lambda found: "\n".join([text(found.table()), *found.notes()]),
+    "text": lambda found: "\n".join([text(found.table(), _width()), *found.notes()]),
     "markdown": lambda found: "\n\n".join([markdown(found.table()), *found.notes()]),
     "latex": lambda found: latex(found.table()),
     "json": Comparison.as_json,
@@ -138,7 +162,8 @@ def compare(places: Sequence[str], metrics: str = "") -> Comparison:
     for place in places:
         for row in _rows(place):
             subject = _subject(place, row)
-            column = Column(row["fingerprint"] or row["dataset"], row["suite"], row["name"])
+            dataset = row["fingerprint"] or row["dataset"]
+            column = Column(dataset, row["suite"], row["name"], row["class_map"] or "")
             subjects[subject] = None
             paths.setdefault(column.dataset, row["dataset"])
             ends = (math.nan if row[end] is None else row[end] for end in ("ci_low", "ci_high"))
@@ -196,10 +221,20 @@ def _subject(place: str, row: dict[str, Any]) -> Subject:
     return Subject(named[1] or "." if named else place.rstrip("/"), step[3] if step else "", row["weights"] or "")
 
 
-def _command(place: str, dataset: str, suite: str) -> str:
-    """What leaves the results of a suite."""
-    more = "" if suite in ("", "accuracy") else f" --suite {suite}"
-    return f"vitscale evaluate {place} {dataset}{more}" + (" --train DATASET" if suite in ON_FEATURES else "")
+def _command(place: str, dataset: str, *suites: str) -> str:
+    """What leaves the results of suites."""
+    told = ["real=FILE" if suite == "real" else suite for suite in suites if suite not in ("", "accuracy")]
+    more = f" --suite {','.join(told)}" if told else ""
+    return f"vitscale evaluate {place} {dataset}{more}" + (" --train DATASET" if set(told) & set(ON_FEATURES) else "")
+
+
+def _map(class_map: str) -> str:
+    return SUBSET if class_map == SUBSET else f"map {class_map[:8]}"
+
+
+def _width() -> int:
+    """Columns of the terminal, or of `COLUMNS`."""
+    return shutil.get_terminal_size((WIDTH, 0)).columns
 
 
 def _cell(value: Interval | None) -> str:
@@ -208,8 +243,16 @@ def _cell(value: Interval | None) -> str:
     return f"{value.value:.4f}" + ("" if math.isnan(value.low) else f" ({value.low:.4f}–{value.high:.4f})")
 
 
+def check_plot(path: str) -> Path:
+    """Where to draw. Raises `UserError` for what is no picture's name, and where none can be written."""
+    return check_out(path, "--plot", PICTURES)
+
+
 def plot(found: Comparison, path: Path) -> None:
-    """Draw a panel for each column as PNG: values with their intervals. Raises `UserError` without matplotlib."""
+    """Draw a panel for each column, values with their intervals, in the format that the name ends in.
+
+    Raises `UserError` without matplotlib, and if the file cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -232,7 +275,8 @@ def plot(found: Comparison, path: Path) -> None:
         axes.set_ylim(count - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.3)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with publish(path) as file:
-            figure.savefig(file, format="png", dpi=120)
+            figure.savefig(file, format=path.suffix[1:].lower(), dpi=120)
     except OSError as error:
         raise UserError("--plot", f"{path}: {error}", "a file that can be written", "Choose another.") from error

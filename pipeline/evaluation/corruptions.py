@@ -1,5 +1,6 @@
 """Accuracy on corrupted images, as on ImageNet-C (Hendrycks and Dietterich 2019, arXiv:1903.12261)."""
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -64,10 +65,14 @@ class CorruptedView:
 
 
 def check_corruptions(kinds: Sequence[str], preprocess: Preprocess) -> None:
-    """Raise `UserError` for kinds that there are not, and for images too small to be told from noise."""
+    """Raise `UserError` for kinds that there are not, or twice, and for images too small to be told from noise."""
     for kind in kinds:
-        if kind not in KINDS:
-            raise UserError("--suite", f"corruptions={kind}", f"some of {', '.join(KINDS)}", "Join several by +.")
+        twice = kinds.count(kind) > 1
+        if kind not in KINDS or twice:
+            near = [] if twice else difflib.get_close_matches(kind.lower(), KINDS, n=1)
+            remedy = f"Did you mean {near[0]!r}?" if near else "Join several by +."
+            got = f"corruptions={kind}{' twice' if twice else ''}"
+            raise UserError("--suite", got, f"some of {', '.join(KINDS)}", remedy)
     size = preprocess.img_size
     if isinstance(size, tuple) or size < LEAST_SIDE:
         got = f"corruptions with a network for images of {in_pixels(size)}"

@@ -29,9 +29,11 @@ def fewshot(
 ) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """Yield `5shot`, …: for each image of `test` the share of `SEEDS` choices of training images that get it right.
 
-    Of several penalties each one's, as `5shot_l2_2^10`. A class with fewer training images than shots gives all it has.
+    Of several penalties each one's, as `5shot_l2_2^10`. Shots are left out of which some class has fewer images;
+    classes without any do not count.
     """
-    for shot in shots:
+    images = np.bincount(train.labels)
+    for shot in (shot for shot in shots if shot <= images[images > 0].min()):
         right = {l2: np.zeros(len(test)) for l2 in l2s}
         for seed in range(SEEDS):
             numbers = chosen(train.keys, train.labels, shot, seed)

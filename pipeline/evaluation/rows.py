@@ -12,6 +12,7 @@ from vitscale.data_prep.publish import publish
 from vitscale.pipeline.evaluation.bootstrap import Interval
 
 NAME = "results.parquet"
+OLDEST = 7  # columns that all versions have written
 ROWS = pa.schema(
     [
         ("checkpoint", pa.string()),
@@ -39,15 +40,22 @@ class Subject:
     class_map: str | None = None
 
     def replaces(self, row: dict[str, Any], suites: dict[str, Any]) -> bool:
-        """Whether an earlier row gives way: of a suite that was run again, or of images or classes that are others."""
-        if any(row[name] != getattr(self, name) for name in ("checkpoint", "dataset", "weights")):
+        """Whether an earlier row gives way: of a suite that was run again, or of other images at the same path."""
+        if any(row[name] != getattr(self, name) for name in ("checkpoint", "dataset", "weights", "class_map")):
             return False
-        return row["suite"] in suites or any(row[name] != getattr(self, name) for name in ("fingerprint", "class_map"))
+        return row["suite"] in suites or row["fingerprint"] != self.fingerprint
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, none if it is not there. Raises OSError or pyarrow.ArrowException for one that is damaged."""
-    return pq.read_table(path, schema=ROWS).to_pylist() if path.exists() else []
+    """The rows of a file, none if it is not there.
+
+    Raises OSError or pyarrow.ArrowException for one that is damaged, or of something else.
+    """
+    if not path.exists():
+        return []
+    if pq.read_schema(path).names[:OLDEST] != ROWS.names[:OLDEST]:
+        raise pa.ArrowInvalid("a table of something else")
+    return pq.read_table(path, schema=ROWS).to_pylist()
 
 
 def add_rows(path: Path, subject: Subject, suites: dict[str, dict[str, Any]]) -> None:

@@ -18,10 +18,11 @@ from vitscale.pipeline.distributed import World, gather
 from vitscale.pipeline.evaluation.bootstrap import Interval, wilson
 from vitscale.pipeline.evaluation.class_map import SUBSET, MappedTrained, mapped
 from vitscale.pipeline.evaluation.classification import classification
-from vitscale.pipeline.evaluation.rows import NAME, Subject, add_rows
+from vitscale.pipeline.evaluation.rows import NAME, Subject, add_rows, read_rows
 from vitscale.pipeline.mirror import send, shown
 from vitscale.pipeline.objectives.supervised import Supervised
-from vitscale.pipeline.weights import Trained, open_trained
+from vitscale.pipeline.out_file import alike, check_out
+from vitscale.pipeline.weights import Trained, check_kind, open_trained
 
 MOST_SHOWN_CLASSES = 20
 SAME = ("checkpoint", "origin", "dataset", "class_map")  # what results have to be of, to stand in one file
@@ -33,6 +34,7 @@ def check(source: str, dataset: str, weights: str = "auto", class_map: str = "")
     With `class_map`, a file or `subset`, the checkpoint is a classifier of the dataset's classes (`class_map.mapped`).
     """
     trained, store = open_trained(source, "CHECKPOINT", weights), Store(dataset, "DATASET")
+    check_kind(trained, weights, "--weights")
     check_images(store, "DATASET")
     trained = mapped(trained, store.classes, class_map) if class_map else trained
     check_same_classes(trained, store)
@@ -115,9 +117,8 @@ def write_results(results: dict[str, Any], path: Path) -> None:
     What the file has of the same checkpoint, images and classes by earlier commands stays in it, unless it was found
     anew. Both are whole at any time, and written by one process after the other. Raises `UserError` if that fails.
     """
-    class_map = results["class_map"] or {}
-    of, origin = results["dataset"], results["origin"]
-    by = class_map.get("sha256") or class_map.get("source")
+    of, origin, class_map = results["dataset"], results["origin"], results["class_map"]
+    by = class_map and (class_map["sha256"] or class_map["source"])
     subject = Subject(results["checkpoint"], of["path"], origin.get("weights"), of["fingerprint"], by)
     rows = path.with_name(NAME)
     try:
@@ -162,4 +163,32 @@ def results_path(trained: Trained, store: Store) -> Path:
         folder = folder.parent.parent
     elif folder.is_file():  # of another project
         folder = folder.parent
-    return folder / "evaluations" / f"step-{step:08d}-{store.name}-{store.fingerprint[:8]}.json"
+    name = f"step-{step:08d}-{store.name}-{store.fingerprint[:8]}"
+    if isinstance(trained, MappedTrained):
+        name += f"-map-{trained.class_map.sha256[:8]}" if trained.class_map.sha256 else f"-{SUBSET}"
+    return folder / "evaluations" / f"{name}.json"
+
+
+def check_results(out: str, trained: Trained, store: Store) -> Path:
+    """Where results go: `out`, or else `results_path`.
+
+    Raises `UserError` where they could not be written, or would take the place of something else.
+    """
+    path = check_out(out or str(results_path(trained, store)), "--out", (".json",), _is_results if out else None)
+    rows = path.with_name(NAME)
+    try:
+        read_rows(rows)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError("--out", f"{rows}: {error}", "rows of results, or none", "Choose another folder.") from error
+    return path
+
+
+def place_of_results(out: str, trained: Trained, store: Store, world: World) -> Path:
+    """`check_results` by rank 0 for all ranks together."""
+    alike(lambda: check_results(out, trained, store), world)
+    return Path(out) if out else results_path(trained, store)
+
+
+def _is_results(path: Path) -> bool:
+    found = json.loads(path.read_text())
+    return isinstance(found, dict) and {"checkpoint", "origin", "dataset", "classes"} <= found.keys()

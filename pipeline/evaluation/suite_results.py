@@ -1,7 +1,6 @@
 """`vitscale evaluate … --suite`: suites on a checkpoint, and the files of what they find."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from vitscale.pipeline.evaluation import stage, suites
 from vitscale.pipeline.evaluation.bootstrap import Interval, mean_intervals
 from vitscale.pipeline.evaluation.class_map import mapped
 from vitscale.pipeline.mirror import shown
-from vitscale.pipeline.weights import Trained, open_trained
+from vitscale.pipeline.weights import Trained, check_kind, open_trained
 
 SHOWN = 16  # lines of a suite on the screen
 DETAIL = re.compile(r"^(bin\d|class/)|_[1-5]$|_top5$|_(20|30|40|60|70|80)$|_l2_")  # not shown there
@@ -30,6 +29,7 @@ def check(
     """
     chosen = suites.parse(suite)
     trained, store = open_trained(source, "CHECKPOINT", weights), Store(dataset, "DATASET")
+    check_kind(trained, weights, "--weights")
     train_store = Store(train, "--train") if train else None
     classify = set(chosen) - set(suites.ON_FEATURES)
     if class_map and not classify:
@@ -60,7 +60,7 @@ def evaluate(
     suites.parse(suite)
     found = gather(shown(open_trained(source, "CHECKPOINT", weights).path))[0]
     trained, store, train_store = check(found, dataset, suite, train, weights, class_map)
-    path = Path(out) if out else stage.results_path(trained, store)
+    path = stage.place_of_results(out, trained, store, world)
     task = suites.Task(trained, store, train_store, settings, world, path.parent, path.stem)
     if store.classes == trained.classes:
         results = stage.evaluate(trained, store, settings, world, task.objective)
@@ -76,6 +76,8 @@ def evaluate(
         for name, values in measured.items():
             say(f"{name} of {shown(trained.path)} on {dataset}:")
             for line in lines(values):
+                say(f"  {line}")
+            for line in suites.left_out(name, values, train_store):
                 say(f"  {line}")
         say(f"{len(store):,} images; {stage.written(path)}")
 

@@ -1,6 +1,7 @@
 """Evaluations beyond accuracy, by name: `vitscale evaluate CHECKPOINT DATASET --suite knn,calibration --train …`."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,10 +101,15 @@ def linear(task: Task, option: str) -> Values:
 def calibration(task: Task, option: str) -> Values:
     """Calibration and accuracy by class, and a plot of reliability beside the results."""
     found, classes = task.outcomes, task.trained.classes
-    if task.world.main and task.name:
+
+    def plot() -> Values:
         table = calibrating.reliability(found.confidence, (found.best == found.label).astype(np.float64))
         task.folder.mkdir(parents=True, exist_ok=True)
         calibrating.reliability_plot(task.folder / f"{task.name}-reliability.png", table, task.name)
+        yield from ()
+
+    if task.name:
+        yield from _alone(task, plot)
     yield from calibrating.calibration(found, classes)
 
 
@@ -135,6 +141,11 @@ SUITES: dict[str, Callable[[Task, str], Values]] = {
     "robustness": robustness,
 }
 ON_FEATURES = ("knn", "fewshot", "linear")  # those need --train, and no classes of the checkpoint's
+OPTIONS = {
+    "fewshot": "fewshot or fewshot=grid",
+    "real": "real=FILE",
+    "corruptions": "corruptions or corruptions=fog+snow",
+}
 
 
 def parse(text: str, setting: str = "--suite") -> dict[str, str]:
@@ -142,15 +153,20 @@ def parse(text: str, setting: str = "--suite") -> dict[str, str]:
     what there is not."""
     chosen: dict[str, str] = {}
     for each in text.split(","):
-        name, _, option = each.strip().partition("=")
+        name, sign, option = each.strip().partition("=")
         if name not in SUITES or name in chosen:
             got = f"{name or 'nothing'}{' twice' if name in chosen else ''}"
-            raise UserError(setting, got, f"some of {', '.join(SUITES)}", "Separate them with commas.")
-        allowed = {"fewshot": ("", "grid"), "real": None, "corruptions": None}.get(name, ("",))
-        if allowed is not None and option not in allowed:
-            raise UserError(setting, each, " or ".join([name, *(f"{name}={o}" for o in allowed if o)]), "Change it.")
+            near = [] if name in chosen else difflib.get_close_matches(name.lower(), SUITES, n=1)
+            remedy = f"Did you mean {near[0]!r}?" if near else "Separate them with commas."
+            raise UserError(setting, got, f"some of {', '.join(SUITES)}", remedy)
         if name == "real" and not option:
             raise UserError(setting, "real without a file", "real=FILE", "Name the file of labels.")
+        if (
+            (sign and not option)
+            or (option and name not in OPTIONS)
+            or (name == "fewshot" and option not in ("", "grid"))
+        ):
+            raise UserError(setting, each, OPTIONS.get(name, name), "Change it.")
         chosen[name] = option
     return chosen
 
@@ -164,6 +180,9 @@ def check(chosen: dict[str, str], trained: Trained, store: Store, train: Store |
     if train is not None and not on_features:
         expected = f"nothing without one of {', '.join(ON_FEATURES)}"
         raise UserError("--train", train.describe()["path"], expected, "Leave it out, or add a suite.")
+    if train is not None and train.fingerprint == store.fingerprint:
+        got = f"{train.describe()['path']}, with the same images as DATASET"
+        raise UserError("--train", got, "other images than those evaluated", "Name those that were trained on, say.")
     for setting, each in (("DATASET", store), ("--train", train)):
         if each is None:
             continue
@@ -182,6 +201,20 @@ def check(chosen: dict[str, str], trained: Trained, store: Store, train: Store |
         calibrating.read_real(chosen["real"], store.describe()["path"], store.classes)
 
 
+def left_out(name: str, found: Iterable[str], train: Store | None) -> Iterator[str]:
+    """What to say of the numbers that a suite cannot give for so few training images; `found` are those it gave."""
+    there = set(found)
+    if name == "knn" and train is not None:
+        ks = [str(k) for k in nearest.KS if f"k{k}_top1" not in there]
+        if ks:
+            yield f"without k of {', '.join(ks)}: there are {len(train):,} training images"
+    if name == "fewshot":
+        given = {each.partition("shot")[0] for each in there}
+        shots = [str(shot) for shot in few.SHOTS if str(shot) not in given]
+        if shots:
+            yield f"without {', '.join(shots)} shots: some class has fewer training images"
+
+
 def run(chosen: dict[str, str], task: Task) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each suite with its values by name: numbers, or arrays (images,) that stand for their means."""
     with worker_deaths(task.settings.workers):
@@ -191,7 +224,7 @@ def run(chosen: dict[str, str], task: Task) -> Iterator[tuple[str, dict[str, Any
 
 
 def _alone(task: Task, work: Callable[[], Values]) -> Values:
-    """What rank 0 finds, while the others wait; they get nothing."""
+    """What rank 0 finds, while the others wait; they get nothing. A disk that cannot be written is a `UserError`."""
     error, found = None, []
     with task.working:
         if task.world.main:
@@ -199,5 +232,8 @@ def _alone(task: Task, work: Callable[[], Values]) -> Values:
                 found = list(work())
             except UserError as problem:
                 error = problem
+            except OSError as problem:
+                got = f"{task.folder}: {problem.strerror}"
+                error = UserError("--out", got, "a folder that can be written", "Choose another.")
         agree(error)
     yield from found

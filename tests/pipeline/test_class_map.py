@@ -100,7 +100,11 @@ def test_suites_see_the_mapped_classes(export: Path, digits: Any, file: Path, tm
     trained, store = stage.check(str(export), str(digits.test), "auto", str(file))
     stage.write_results(stage.evaluate(trained, store, settings, ALONE), tmp_path / "found.json")
     assert list(json.loads((tmp_path / "found.json").read_text())["suites"]) == ["accuracy"]
-    assert {row["suite"] for row in pq.read_table(tmp_path / "results.parquet").to_pylist()} == {"accuracy"}
+    again = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert again[: len(rows)] == rows  # those of the other map stand beside them
+    assert {row["suite"] for row in again[len(rows) :]} == {"accuracy"}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert stage.results_path(trained, store).name.endswith(f"-map-{digest[:8]}.json")
 
 
 @pytest.mark.parametrize(
@@ -173,3 +177,4 @@ def test_some_of_the_checkpoints_classes_need_no_file(
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["class_map"] == {"source": "subset", "sha256": None, "classes": 10, "checkpoint_classes": 10}
     assert sum(map(sum, found["confusion"])) == 359
+    assert stage.results_path(*stage.check(*places, "auto", "subset")).name.endswith("-subset.json")

@@ -18,7 +18,7 @@ from vitscale.pipeline.data.store import Store
 from vitscale.pipeline.distributed import World
 from vitscale.pipeline.evaluation import stage, suite_results
 from vitscale.pipeline.evaluation.bootstrap import Interval, wilson
-from vitscale.pipeline.evaluation.compare import FORMATS, compare, plot
+from vitscale.pipeline.evaluation.compare import FORMATS, check_plot, compare, plot
 from vitscale.pipeline.evaluation.rows import ROWS, Subject, add_rows, read_rows
 from vitscale.pipeline.evaluation.tables import Table, latex, markdown, text
 
@@ -44,7 +44,7 @@ def test_evaluations_leave_both_files_which_suites_add_to(digits: Any, tmp_path:
     path = stage.results_path(trained, store)
     plain = stage.evaluate(trained, store, SETTINGS, ALONE)
     stage.write_results(plain, path)
-    for suite, train in (("calibration", ""), ("knn", str(digits.test))):
+    for suite, train in (("calibration", ""), ("knn", str(digits.train))):
         suite_results.evaluate(str(export), str(digits.test), suite, train, "auto", "", SETTINGS, ALONE)
     found = json.loads(path.read_text())
     assert list(found["suites"]) == ["accuracy", "calibration", "knn"]
@@ -82,11 +82,13 @@ def test_rows_give_way_to_those_of_the_same_suite_weights_images_and_classes(tmp
     rows = [(row["weights"], row["suite"], row["name"], row["value"]) for row in read_rows(file)]
     assert rows == [("raw", "real", "x", 1), ("ema", "knn", "x", 4), ("raw", "knn", "z", None)]
     add_rows(file, Subject("a", "d", "raw", "f", "map"), {"knn": {"x": 5}})
-    add_rows(file, Subject("a", "d", "ema", "g", None), {"real": {"x": 6}})
-    assert [row["value"] for row in read_rows(file)] == [5, 6]
+    assert [row["value"] for row in read_rows(file)] == [1, 4, None, 5]  # beside those without a map
+    add_rows(file, Subject("a", "d", "raw", "g", None), {"real": {"x": 6}})  # of other images
+    add_rows(file, Subject("a", "d", "ema", "g", None), {"real": {"x": 7}})
+    assert [row["value"] for row in read_rows(file)] == [5, 6, 7]
     assert pq.read_table(file).schema == ROWS
     pq.write_table(pq.read_table(file).select(ROWS.names[:7]), file)  # as earlier versions have left it
-    assert [row["class_map"] for row in read_rows(file)] == [None, None]
+    assert [row["class_map"] for row in read_rows(file)] == [None, None, None]
 
 
 def fill(file: Path, *measured: tuple[Subject, dict[str, dict[str, Any]]]) -> Path:
@@ -140,7 +142,7 @@ def test_tables_name_what_differs() -> None:
     assert [row["value"] for row in told] == [0.5, 0.5, 0.75, 0.25, 0.75, 0.25]
     assert told[2] == {
         "label": "runs/a_1 step 12 ema", "place": "runs/a_1", "step": "12", "weights": "ema", "dataset": "/data/val",
-        "suite": "accuracy", "name": "top1", "value": 0.75, "ci_low": 0.7, "ci_high": 0.8,
+        "class_map": None, "suite": "accuracy", "name": "top1", "value": 0.75, "ci_low": 0.7, "ci_high": 0.8,
     }  # fmt: skip
 
     one = compare(["runs/a_1/checkpoints/step-00000004", "exported"], "accuracy/*")
@@ -148,6 +150,49 @@ def test_tables_name_what_differs() -> None:
     assert one.header == ["val top1", "val loss", "sketch top1", "sketch loss"]
     assert json.loads(FORMATS["json"](one))[1]["ci_low"] is None
     assert compare(["runs/b&b/evaluations/results.parquet"]).labels == ["/elsewhere/b&b"]
+
+
+@pytest.mark.usefixtures("runs")
+def test_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each number where a row for each checkpoint is too long; columns below where both are."""
+    found = compare(["runs/a_1", "runs/b&b"], "accuracy/*,knn/*")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert FORMATS["text"](found).splitlines()[0].split("  ")[-1] == "knn k20_top1"
+    monkeypatch.setenv("COLUMNS", "60")  # too few for two intervals beside names of checkpoints
+    lines = FORMATS["text"](found).splitlines()
+    assert [lines[0].split(), lines[5], lines[6].split()] == [["top1", "loss"], "", ["knn", "k20_top1"]]
+    assert max(map(len, lines[:11])) <= 60
+    table = Table(["", "x", "y", "z"], [["one", "1" * 30, "2", "3"]])
+    assert [line.split() for line in text(table, 33).splitlines()] == [["one"], ["x", "1" * 30], ["y", "2"], ["z", "3"]]
+    assert text(Table(["", "x", "y"], [["one", "1", "2"], ["two", "3", "4"]]), 8).split("\n\n") == [
+        "     x\none  1\ntwo  3", "     y\none  2\ntwo  4",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("runs")
+def test_class_maps_are_columns_of_their_own_and_commands_few() -> None:
+    step = "runs/a_1/checkpoints/step-00000012"
+    for class_map, value in (("subset", 0.6), ("0123456789abcdef", 0.7)):
+        subject = Subject(step, "/data/val", "ema", "f", class_map)
+        fill(Path("runs/a_1/evaluations/results.parquet"), (subject, {"accuracy": {"top1": value}, "real": {"x": 1}}))
+    found = compare(["runs/a_1", "runs/b&b"], "top1,knn/*,real/x")
+    assert found.header == [
+        "top1",
+        "top1 subset",
+        "top1 map 01234567",
+        "knn k20_top1",
+        "real x subset",
+        "real x map 01234567",
+    ]
+    ema = found.subjects[found.labels.index("runs/a_1 step 12 ema")]
+    assert [found.cells[ema, column].value for column in found.columns[:3]] == [0.75, 0.6, 0.7]
+    missing = [note.removeprefix("Not measured yet: ") for note in found.notes() if note.startswith("Not measured")]
+    assert missing == [
+        "`vitscale evaluate runs/a_1/checkpoints/step-00000004 /data/val --suite real=FILE --class-map subset`",
+        "`vitscale evaluate runs/a_1/checkpoints/step-00000004 /data/val --suite real=FILE --class-map FILE`",
+        "`vitscale evaluate runs/a_1/checkpoints/step-00000004 /data/val --suite knn --train DATASET`",
+        "more, by 5 other commands.",
+    ]
 
 
 @pytest.mark.usefixtures("runs")
@@ -172,10 +217,16 @@ def test_what_is_missing_is_said_with_the_command_that_finds_it() -> None:
 @pytest.mark.usefixtures("runs")
 def test_the_plot_is_a_picture() -> None:
     pytest.importorskip("matplotlib")
-    plot(compare(["runs/a_1", "runs/b&b", "exported"], "accuracy/*"), Path("plot.png"))
-    assert Path("plot.png").read_bytes()[:4] == b"\x89PNG"
+    found = compare(["runs/a_1", "runs/b&b", "exported"], "accuracy/*")
+    for name, begin in (("plot.png", b"\x89PNG"), ("deep/er/plot.SVG", b"<?xml"), ("plot.pdf", b"%PDF")):
+        plot(found, check_plot(name))
+        assert Path(name).read_bytes().startswith(begin)
+    Path("folder.png").mkdir()
+    for name in ("plot.jpg", "plot", "folder.png", "plot.pdf/plot.png"):
+        with pytest.raises(UserError, match=r"^--plot: got "):
+            check_plot(name)
     with pytest.raises(UserError, match=r"^--plot: got "):
-        plot(compare(["exported"]), Path("nowhere/plot.png"))
+        plot(compare(["exported"]), Path("plot.pdf/plot.png"))
 
 
 def test_tables_are_escaped() -> None:

@@ -184,6 +184,7 @@ def test_evaluations_are_judged_by_what_is_exported() -> None:
         (["eval.suites=calibration", "data.dev=10%", "eval.suites_train={train}"], "eval.suites_train: got {train}"),
         (["eval.suites=calibration", "eval.suites_data={other}"], "eval.suites_data: got 10 classes that differ"),
         (["eval.suites=knn", "eval.suites_data={other}"], "eval.suites_train: got 10 classes that differ"),
+        (["eval.suites=knn", "eval.suites_data={train}"], "eval.suites_train: got {train}, with the same images as"),
         (["eval.suites_data={train}"], "eval.suites_data: got {train}; expected nothing without eval.suites"),
         (["eval.suites=knn", "data.dev=10%", "data.on_error=skip"], "data.on_error: got skip with eval.suites"),
         (["eval.patience=2"], "eval.patience: got 2 without data.dev or data.val"),

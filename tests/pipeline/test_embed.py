@@ -107,15 +107,25 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(export: Path, digits: Any,
     spoilt = write_export(tmp_path / "spoilt", CLASSES, spoilt=True)
     out = tmp_path / "out" / "x.parquet"
     out.parent.mkdir()
-    out.write_text("earlier")
+    pq.write_table(pa.table({"file": ["earlier"]}), out)
     for source in (digits.test, digits.test_images):
-        with pytest.raises(UserError, match=r"^CHECKPOINT: got features that are not finite as float32"):
-            run(ALONE, str(spoilt), str(source), str(out))
+        with pytest.raises(UserError, match=r"^CHECKPOINT: got features that are not finite as float16"):
+            run(ALONE, str(spoilt), str(source), str(out), "float16")
         assert [path.name for path in out.parent.iterdir()] == ["x.parquet"]
-        assert out.read_text() == "earlier"
+        assert pq.read_table(out).to_pylist() == [{"file": "earlier"}]
     with pytest.raises(UserError, match=r"^SOURCE: got nowhere: No such file"):
         check(str(export), "nowhere", "auto", 1)
     with pytest.raises(UserError, match=r"^--nproc: got 2 for image files"):
         check(str(export), str(digits.test_images), "auto", 2)
     with pytest.raises(UserError, match=r"^CHECKPOINT: got "):
         check(str(digits.test), str(digits.test), "auto", 1)
+    with pytest.raises(UserError, match=r"^--weights: got raw for .*, where there are no two kinds of weights"):
+        check(str(export), str(digits.test), "raw", 1)
+    (tmp_path / "bad.png").write_text("no image")
+    with pytest.raises(UserError, match=r"^SOURCE: got 1 file, none of which could be read"):
+        run(ALONE, str(export), str(tmp_path / "bad.png"), str(tmp_path / "none.parquet"))
+    with pytest.raises(UserError, match=r"^OUT: got s3:/.*; expected a file of this machine"):
+        run(ALONE, str(export), str(digits.test), "s3://bucket/x.parquet")
+    out.write_text("notes")
+    with pytest.raises(UserError, match=r"^OUT: got .*x\.parquet, which holds something else"):
+        run(ALONE, str(export), str(digits.test), str(out))

@@ -180,6 +180,10 @@ def test_reassessed_labels_are_found_by_number_key_and_name(named: Path, tmp_pat
     assert 4 <= len(read_real(str(file), str(named), store.classes)) <= 5
     with pytest.raises(UserError, match="real labels of none"):
         dict(real(judged, {}))
+    for none in ({"nowhere": [0]}, [[]] * 6):
+        file.write_text(json.dumps(none))
+        with pytest.raises(UserError, match="labels of none of the images"):
+            read_real(str(file), str(named), store.classes)
 
 
 @pytest.mark.parametrize("text", ["{", "3", "[3]", "[[2]]", "[[-1]]", '[["cow"]]', "[[[0]]]"])

@@ -170,5 +170,5 @@ def test_errors_add_up(digits: Any) -> None:
 def test_what_cannot_be_corrupted_is_refused() -> None:
     with pytest.raises(UserError, match="corruptions=rain; expected some of gaussian_noise"):
         check_corruptions(["fog", "rain"], Preprocess(224, 1.0))
-    with pytest.raises(UserError, match="images of 28 px; expected 32 px or more"):
+    with pytest.raises(UserError, match="images of 28 px; expected squares of 32 px or more"):
         check_corruptions(["fog"], Preprocess(28, 1.0))

@@ -59,6 +59,9 @@ def test_few_shots_are_the_mean_over_the_choices(blobs: tuple[Features, Features
     whole = dict(fewshot(train, test, 6, shots=(5,), l2s=GRID))
     assert len(whole) == 31
     assert (whole["5shot_l2_2^10"] == got["5shot"]).all()
+    least = np.bincount(train.labels).min()
+    told = dict(fewshot(train, test, 6, shots=(1, least, least + 1)))  # of one class there are fewer
+    assert list(told) == ["1shot", f"{least}shot"]
 
 
 def test_choices_are_of_keys_and_seed_alone() -> None:

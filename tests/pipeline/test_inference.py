@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -107,7 +108,9 @@ def test_an_image_that_breaks_the_decoder_does_not_end_the_run(
         raise MemoryError("cannot allocate")
 
     monkeypatch.setattr(image_files, "decode_rgb", decode)
-    assert predict(classifier, "out.jsonl").unread == 28
+    with pytest.raises(UserError, match=r"^FILES: got 28 files, none of which could be read.* `error` of out\.jsonl"):
+        predict(classifier, "out.jsonl")
+    assert len(Path("out.jsonl").read_text().splitlines()) == 28
     assert "MemoryError: cannot allocate" in Path("out.jsonl").read_text()
 
 
@@ -119,14 +122,31 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(classifier: Classifier, tm
     spoilt = load(write_export(tmp_path / "spoilt", CLASSES, spoilt=True))
     with pytest.raises(UserError, match=r"^CHECKPOINT: got probabilities that are not finite"):
         predict(spoilt, "out.csv")
+    with pytest.raises(UserError, match=r"^CHECKPOINT: got probabilities that are not finite"):
+        spoilt.predict(["images/ü.png"])
+    network: Any = spoilt.network
+    network.norm.bias.data[0] = torch.inf
+    with pytest.raises(UserError, match=r"^CHECKPOINT: got features that are not finite"):
+        spoilt.embed(["images/ü.png"])
     assert Path("out.csv").read_text() == "earlier"
     assert not list(Path.cwd().glob("*.partial"))
     Path("file").touch()
     with pytest.raises(UserError, match=r"^--out: got file/out\.csv: "):
         predict(classifier, "file/out.csv")
-    for bad in ("out.txt", "out", "s3://bucket/out.csv"):
+    Path("folder.csv").mkdir()
+    picture = Path("images/ü.png").read_bytes()
+    for name in ("keep.csv", "keep.JSONL", "keep.parquet"):
+        Path(name).write_bytes(picture)
+    pq.write_table(pa.table({"x": [1], "file": ["theirs"]}), "theirs.parquet")
+    kept = ("out.csv", "keep.csv", "keep.JSONL", "keep.parquet", "theirs.parquet")
+    for bad in ("out.txt", "out", "s3://bucket/out.csv", "folder.csv", "file/out.csv", *kept):
         with pytest.raises(UserError, match=r"^--out: got "):
             table_files.check_table(bad, "--out")
+    for suffix in ("csv", "JSONL", "PARQUET"):
+        for _ in range(2):  # the second time in place of the first
+            predict(classifier, str(table_files.check_table(f"new.{suffix}", "--out")), places=["images/ü.png"])
+    assert pq.read_table("new.PARQUET").num_rows == 1
+    assert Path("new.JSONL").read_text(encoding="utf-8").startswith('{"file": ')
 
 
 def test_memory_does_not_grow_with_the_files(classifier: Classifier) -> None:
@@ -156,8 +176,13 @@ def test_features_of_files_in_python(classifier: Classifier) -> None:
     many = classifier.embed(files * 15)  # more than a forward takes
     torch.testing.assert_close(many.reshape(15, 3, 16), found.expand(15, 3, 16), atol=1e-6, rtol=0)
     assert classifier.embed([]).shape == (0, 16)
+    assert torch.equal(classifier.embed(Path(files[1])), classifier.embed(files[1:2]))
+    assert classifier.predict(files[1]) == classifier.predict([Path(files[1])])
     with pytest.raises(UserError, match=r"^FILES: got images/b/bad\.jpg: not an image"):
         classifier.embed(["images/b/bad.jpg"])
+    for none in (3, [3], None, b"images"):
+        with pytest.raises(UserError, match=r"^FILES: got .* expected paths of image files"):
+            classifier.predict(none)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_command(classifier: Classifier, vitscale: Callable[..., Any]) -> None:
@@ -170,3 +195,8 @@ def test_the_command(classifier: Classifier, vitscale: Callable[..., Any]) -> No
     assert [line.split(": ")[0] for line in said.stdout.splitlines()] == sorted(
         str(path) for path in Path("images/a").rglob("*.*")
     )
+    said = vitscale("predict", "export", "images/b", "images/a/1.JPEG", "--top", 1)
+    assert (said.returncode, said.stdout.count("\n")) == (2, 1)
+    assert said.stdout.startswith("images/a/1.JPEG: ")
+    assert said.stderr.startswith("error: FILES: got 5 of 6 files that are none: images/b/bad.jpg: not an image; ")
+    assert all(name in said.stderr for name in BAD)
