@@ -79,9 +79,9 @@ class LocalExecutor:
     def __enter__(self) -> "LocalExecutor":
         return self
 
-    def __exit__(self, kind: Any, *exception: Any) -> None:
-        if self._pool is not None:  # tasks may still write after an exception; without one all have come to an end
-            self._pool.shutdown(wait=kind is not None, cancel_futures=True)
+    def __exit__(self, *exception: Any) -> None:
+        if self._pool is not None:  # waited for: tasks may still write after an exception, and a process that ends
+            self._pool.shutdown(cancel_futures=True)  # meanwhile may wake it by a pipe that was closed just now
             self._pool = None
 
 

@@ -165,7 +165,7 @@ def test_checkpoints_that_do_not_fit(vitscale: Command, trained: Path, tmp_path:
     fine = ("finetune", "digits-demo-finetune", *data, *QUICK)
     refused(vitscale(*fine), "init_from", "nothing")
     refused(vitscale(*fine, "init_from=nowhere"), "init_from", "nowhere")
-    refused(vitscale(*fine, f"init_from={trained / 'images'}"), "init_from", "without checkpoints")
+    refused(vitscale(*fine, f"init_from={trained / 'images'}"), "init_from", "none of these")
     refused(vitscale(*fine, f"init_from={trained / 'run'}", "model.width=64"), "init_from", "model.width=32")
     refused(vitscale("pretrain", "digits-demo", *data, "init_from=x"), "init_from", "vitscale finetune")
     run = copytree(trained / "run", tmp_path / "run")
