@@ -1,9 +1,11 @@
 """Processes that load images for this one: how torch's DataLoader starts them, and what is said when one dies."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.context import ForkContext, ForkProcess
+from types import TracebackType
 from typing import Any
 
 import cv2
@@ -64,8 +66,15 @@ def _as_it_is(batch: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # not 1, which would wait for threads that a fork does not take along
+    sys.excepthook = _unless_left
     die_with_parent()
     leave_stopping_to_the_rank()
+
+
+def _unless_left(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """Show an error, but not that the rank ended while a thread of this process handed it the memory of a batch."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, where)
 
 
 @contextmanager

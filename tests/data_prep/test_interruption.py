@@ -131,6 +131,7 @@ def begun(source: Path, out: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(source: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     kill_at_random(source, undisturbed, tmp_path, kills=10)
 

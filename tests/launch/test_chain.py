@@ -137,6 +137,7 @@ def test_from_images_to_an_export_by_one_command(
     assert "%" in predicted.stdout
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_tried_again_alone(
     slurm: SlurmCluster, launch: Launch, digits: Any, tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_stage_that_fails_cancels_those_after_it(
     assert {state for state, _ in states(launch, "chain.yaml").values()} == {"complete"}
 
 
+@pytest.mark.slow
 def test_queued_jobs_are_not_doubled(slurm: SlurmCluster, launch: Launch, digits: Any, tmp_path: Path) -> None:
     """Neither those that are known, nor one that sbatch submitted without coming to say so; then all is cancelled."""
     chain = {"logs": "logs", "slurm": {"options": ["--hold"]}, "stages": [

@@ -154,6 +154,7 @@ def test_processes_and_batches_that_do_not_fit(vitscale: Command, trained: Path,
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_an_uneven_batch_on_three_ranks_is_no_error(vitscale: Command, trained: Path) -> None:
     words = ("pretrain", "digits-demo", *QUICK, f"data.train={trained / 'data'}", "run.dir=new")
     said = vitscale(*words, "train.global_batch=7", "engine.micro_batch=2", "--nproc", 3)

@@ -133,6 +133,7 @@ def test_killed_node_is_replaced(
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=SAME)
 
 
+@pytest.mark.slow
 def test_goes_on_on_three_nodes_then_one(
     slurm: SlurmCluster, submitted: Callable[..., int], whole: Path, tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ def until(done: Callable[[], bool]) -> None:
     raise AssertionError("not after 60 s")
 
 
+@pytest.mark.slow
 def test_the_doctor_names_a_host_that_is_not_reached(env: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nnowhere slots=2\n")
     program = [sys.executable, "-m", "vitscale.launch.cli", "launch", "ssh", "hosts", "doctor", "--port", "29871"]

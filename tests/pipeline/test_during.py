@@ -101,6 +101,7 @@ PATIENT = ("eval.every=2", "eval.patience=2", "checkpoint.every=0")
 STILL = (*PATIENT, "optim.lr=1e-60", "optim.ema=0.5", "checkpoint.keep=1")
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_nothing_gets_better(digits: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     more = ("data.dev=10%", *STILL, "data.workers=0")

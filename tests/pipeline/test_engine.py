@@ -319,6 +319,7 @@ def refused(engine: Engine, given: list[dict[str, torch.Tensor]]) -> str:
     return f"{step.refused} {same}"
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_taken_on_no_rank_and_leaves_no_trace(ranks: Callable[..., Any]) -> None:
     blamed = ["", "model.blocks.1.mlp.fc1 (Linear): its backward pass was the first that is not finite"]
     weight = "model.norm (LayerNorm): its backward pass was the first that is not finite"
@@ -335,6 +336,7 @@ def overflow(world: World) -> list[Any]:
     return rows
 
 
+@pytest.mark.slow
 def test_the_loss_scale_of_fp16_is_lowered_until_gradients_fit(ranks: Callable[..., Any]) -> None:
     for words, scale, norm in ranks(__file__, "overflow", 2):
         lowered = words.count("overflow")

@@ -218,6 +218,7 @@ def resume(world: World, folder: str, resumed: list[list[Any]], same: bool = Fal
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", [RESUMED, pytest.param(MORE, marks=pytest.mark.slow)])
 def test_a_run_goes_on_at_any_stage_and_world_size(
     ranks: Callable[..., Any], tmp_path: Path, resumed: list[Any]

@@ -128,6 +128,7 @@ def meet_bad_data(world: World, folder: str, train_set: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_bad_data_is_passed_over_once_and_for_all(ranks: Callable[..., Any], digits: Any, tmp_path: Path) -> None:
     """Batches 5 and 6 are refused; back to step 4, on batch 7, which is refused too, but alone: training goes on."""
     got = {
@@ -146,6 +147,7 @@ def test_bad_data_is_passed_over_once_and_for_all(ranks: Callable[..., Any], dig
     assert got[1]["position"]["digest"] == got[2]["position"]["digest"]
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_refused_by_key_unless_forced(digits: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     base = ("train.duration=4", "checkpoint.every=2", *QUICK)
@@ -165,6 +167,7 @@ def test_a_changed_recipe_is_refused_by_key_unless_forced(digits: Any, tmp_path:
     assert "--force" not in wrong.stderr
 
 
+@pytest.mark.slow
 def test_format_1_is_gone_on_from(digits: Any, tmp_path: Path) -> None:
     """A checkpoint kept from before format 2, its data and its losses: within what other processors round."""
     kept = Path(__file__).parents[1] / "golden" / "checkpoint-format-1"

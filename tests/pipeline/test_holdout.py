@@ -133,6 +133,7 @@ def test_a_plan_trains_on_the_rest_and_evaluates_what_is_held_out(digits: Any, t
         planned(digits, tmp_path / "run", "data.dev=0.0001%")
 
 
+@pytest.mark.slow
 def test_ranks_see_the_same_and_another_share_is_refused(digits: Any, tmp_path: Path) -> None:
     more = ("data.dev=10%", "train.duration=5", "checkpoint.every=0", "data.workers=0")
     said = [command(digits, tmp_path / nproc, "--nproc", nproc, *more) for nproc in ("1", "2")]

@@ -144,6 +144,7 @@ def test_ranks_agree_on_what_fits_on_all(ranks: Callable[..., Any], digits: Any,
     assert "expected room for an image in the 0.0000 GB of rank 1" in one[2]
 
 
+@pytest.mark.slow
 def test_a_run_that_finds_its_micro_batch_trains_alike(digits: Any, tmp_path: Path) -> None:
     """Sums in another order leave about 1e-6 in the losses."""
     for name, more in (("eight", ()), ("auto", ("engine.micro_batch=auto",))):

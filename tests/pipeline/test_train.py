@@ -47,6 +47,7 @@ def test_a_run_leaves_what_it_says(reference: Path, digits: Any) -> None:
     assert any((reference / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_exactly(reference: Path, digits: Any, tmp_path: Path) -> None:
     """Every process killed with -9 after a checkpoint: run again, losses and weights are the same, bit for bit."""
     folder = tmp_path / "run"
@@ -102,7 +103,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(digits: Any, tmp_path: Path) ->
 
 
 def test_a_killed_loader_process_ends_the_run_and_is_named(digits: Any, tmp_path: Path) -> None:
-    code, said = killed_child(digits, tmp_path / "run", "data.workers=2")
+    code, said = killed_child(digits, tmp_path / "run", "data.workers=2", "eval.every=0")
     assert code == 2
     assert "data.workers: got 2, of which one died (DataLoader worker" in said
     assert "Traceback" not in said
